@@ -1,0 +1,62 @@
+"""Which library an array belongs to, and the way in and out for arrays of other libraries (DLPack).
+
+Inside the engine an array is a ``numpy.ndarray`` or a ``cupy.ndarray``. At the public doors any object with ``__dlpack__`` (a torch
+tensor, a JAX array) is taken without a copy and the answer is given back as the caller's kind.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def is_cupy(x: Any) -> bool:
+    """True for a CuPy array; CuPy itself is never imported by the question."""
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
+def is_native(x: Any) -> bool:
+    """True for the two kinds the kernels work on: NumPy and CuPy arrays."""
+    return isinstance(x, np.ndarray) or is_cupy(x)
+
+
+def is_foreign(x: Any) -> bool:
+    """True for an array of another library that can be exchanged through DLPack."""
+    return hasattr(x, "__dlpack__") and not is_native(x) and not isinstance(x, np.generic)
+
+
+def array_module(x: Any) -> ModuleType:
+    """``numpy`` or ``cupy``, whichever ``x`` belongs to."""
+    return sys.modules["cupy"] if is_cupy(x) else np
+
+
+def native(x: Any) -> Any:
+    """``x`` as a NumPy or CuPy array that shares memory with it; native arrays and everything else pass through."""
+    if not is_foreign(x):
+        return x
+    if getattr(x, "requires_grad", False):
+        raise TypeError("an array that requires a gradient cannot be exchanged: pass x.detach()")
+    if x.__dlpack_device__()[0] in (2, 13):  # kDLCUDA, kDLCUDAManaged
+        import cupy
+
+        return cupy.from_dlpack(x)
+    return np.from_dlpack(x)
+
+
+def restore(a: Any, kind: Any) -> Any:
+    """The native array ``a`` as an array of the library that ``kind`` belongs to (no copy)."""
+    if not is_foreign(kind) or not is_native(a):
+        return a
+    library = sys.modules[type(kind).__module__.partition(".")[0]]
+    from_dlpack = getattr(library, "from_dlpack", None)
+    if from_dlpack is None:  # JAX keeps it in a submodule
+        library = sys.modules.get(f"{library.__name__.removesuffix('lib')}.dlpack", library)
+        from_dlpack = library.from_dlpack
+    return from_dlpack(a)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """``x`` on the host as a NumPy array."""
+    x = native(x)
+    return x.get() if is_cupy(x) else np.asarray(x)

@@ -1,0 +1,251 @@
+"""What each kernel demands of its arguments: shapes, ranges, devices. Run before any backend, so that no backend meets a bad call.
+
+Each function has the parameters of the kernel of the same name and raises ValueError or TypeError naming the argument and its value.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .arrays import array_module, is_native
+from .reference import ROW, conv_output_size
+
+Array = Any
+
+
+def _array(name: str, a: Any, ndim: int | None = None, float_: bool = True) -> None:
+    if not is_native(a):
+        raise TypeError(f"{name} must be an array, not {type(a).__name__}")
+    if float_ and a.dtype.kind != "f":
+        raise TypeError(f"{name} must be of a float dtype, not {a.dtype}")
+    if ndim is not None and a.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, not shape {a.shape}")
+
+
+def _same(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...] | None = None) -> None:
+    """``a`` (named) has the library, the dtype and, unless another is given, the shape of ``b``."""
+    _array(name, a)
+    want = b.shape if shape is None else shape
+    if a.shape != want:
+        raise ValueError(f"{name} has shape {a.shape}, want {want} to go with {like}")
+    if array_module(a) is not array_module(b):
+        raise TypeError(f"{name} and {like} are arrays of different libraries")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name} is {a.dtype}, {like} is {b.dtype}: the dtypes must be equal")
+
+
+def _optional(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...] | None = None) -> None:
+    if a is not None:
+        _same(name, a, like, b, shape)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), not {value}")
+
+
+def counter(seed: Any, step: Any, stream: Any, first_sample: Any) -> None:
+    """The key and the counter words of the generator."""
+    _integer("seed", seed, 0, 2**64)
+    _integer("step", step, 0, 2**32)
+    _integer("stream", stream, 0, 2**32)
+    _integer("first_sample", first_sample, 0, 2**32)
+
+
+def normals(out: Array, seed: int, step: int, stream: int, first_sample: int) -> None:
+    _array("out", out)
+    if out.ndim < 1:
+        raise ValueError("out must have a batch axis, not shape ()")
+    if not out.flags.c_contiguous:
+        raise ValueError("out must be C-contiguous")
+    counter(seed, step, stream, first_sample)
+
+
+def q_sample(
+    x0: Array, t: Array, signal: Array, noise: Array, eps: Any, seed: int, step: int, stream: int, first_sample: int, out: Any, eps_out: Any
+) -> None:
+    _array("x0", x0)
+    if x0.ndim < 1:
+        raise ValueError("x0 must have a batch axis, not shape ()")
+    _array("t", t, 1, float_=False)
+    if t.dtype.kind not in "iu":
+        raise TypeError(f"t must be integers, not {t.dtype}")
+    if t.shape[0] != x0.shape[0]:
+        raise ValueError(f"t has shape {t.shape}, want ({x0.shape[0]},) to go with x0")
+    _array("signal", signal, 1)
+    _array("noise", noise, 1)
+    if signal.shape != noise.shape:
+        raise ValueError(f"signal has shape {signal.shape}, noise has shape {noise.shape}: they must be equal")
+    if array_module(t) is np and t.size and not (0 <= t.min() and t.max() < signal.shape[0]):
+        raise ValueError(f"t must be in 0..{signal.shape[0] - 1}, not {t.min()}..{t.max()}")
+    _optional("eps", eps, "x0", x0)
+    _optional("out", out, "x0", x0)
+    _optional("eps_out", eps_out, "x0", x0)
+    if eps_out is not None and not eps_out.flags.c_contiguous:
+        raise ValueError("eps_out must be C-contiguous")
+    counter(seed, step, stream, first_sample)
+
+
+def step(
+    x: Array,
+    m: Array,
+    rows: Array,
+    i: int,
+    history: tuple,
+    guidance: Any,
+    noise: Any,
+    clip: Any,
+    seed: int,
+    stream: int,
+    first_sample: int,
+    out: Any,
+    store: Any,
+) -> None:
+    _array("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must have a batch axis, not shape ()")
+    _same("m", m, "x", x)
+    _array("rows", rows, 2)
+    if rows.shape[1] != len(ROW):
+        raise ValueError(f"rows must have {len(ROW)} columns ({', '.join(ROW)}), not {rows.shape[1]}")
+    _integer("i", i, 0, rows.shape[0])
+    if len(history) > 3:
+        raise ValueError(f"history must hold at most 3 arrays, not {len(history)}")
+    for k, past in enumerate(history):
+        _same(f"history[{k}]", past, "x", x)
+    _optional("guidance", guidance, "x", x)
+    if noise is not True and noise is not None:
+        _same("noise", noise, "x", x)
+    if clip is not None and not (len(clip) == 2 and clip[0] <= clip[1]):
+        raise ValueError(f"clip must be (low, high) with low <= high, not {clip}")
+    _optional("out", out, "x", x)
+    _optional("store", store, "x", x)
+    counter(seed, i, stream, first_sample)
+
+
+def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: Any) -> None:
+    _array("x", x)
+    if x.ndim < 3:
+        raise ValueError(f"x must be (B, ..., C) with at least 3 dimensions, not shape {x.shape}")
+    channels = x.shape[-1]
+    _integer("groups", groups, 1, channels + 1)
+    if channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels of x, not {groups}")
+    _same("gamma", gamma, "x", x, (channels,))
+    _same("beta", beta, "x", x, (channels,))
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together or not at all")
+    _optional("scale", scale, "x", x, (x.shape[0], channels))
+    _optional("shift", shift, "x", x, (x.shape[0], channels))
+
+
+def group_norm_silu(x: Array, gamma: Array, beta: Array, groups: int, eps: float, scale: Any, shift: Any, silu: bool, out: Any) -> None:
+    _norm(x, gamma, beta, groups, scale, shift)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, not {eps}")
+    _optional("out", out, "x", x)
+
+
+def group_norm_silu_backward(
+    dy: Array, x: Array, gamma: Array, beta: Array, groups: int, mean: Array, rstd: Array, scale: Any, shift: Any, silu: bool, out: Any
+) -> None:
+    _norm(x, gamma, beta, groups, scale, shift)
+    _same("dy", dy, "x", x)
+    _same("mean", mean, "x", x, (x.shape[0], groups))
+    _same("rstd", rstd, "x", x, (x.shape[0], groups))
+    _optional("out", out, "x", x)
+
+
+def _conv(shape: tuple[int, ...], kernel: int, stride: int, upsample: bool, pad: Any) -> tuple[int, int]:
+    if kernel not in (1, 3):
+        raise ValueError(f"the kernel must be 1x1 or 3x3, not {kernel}x{kernel}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, not {stride}")
+    if upsample and stride != 1:
+        raise ValueError("upsample goes with stride 1")
+    if pad is not None and not (len(pad) == 2 and all(isinstance(p, (int, np.integer)) and 0 <= p < max(kernel, 2) for p in pad)):
+        raise ValueError(f"pad must be (before, after), each smaller than the kernel, not {pad}")
+    rows, cols = (conv_output_size(n, kernel, stride, upsample, pad) for n in shape[1:3])
+    if rows < 1 or cols < 1:
+        raise ValueError(f"an image of {shape[1]}x{shape[2]} is too small for this convolution")
+    return rows, cols
+
+
+def conv2d(x: Array, w: Array, bias: Any, stride: int, upsample: bool, pad: Any, out: Any) -> None:
+    _array("x", x, 4)
+    _array("w", w, 4)
+    _same("w", w, "x", x, (w.shape[0], w.shape[0], x.shape[3], w.shape[3]))
+    rows, cols = _conv(x.shape, w.shape[0], stride, upsample, pad)
+    _optional("bias", bias, "w", w, (w.shape[3],))
+    _optional("out", out, "x", x, (x.shape[0], rows, cols, w.shape[3]))
+
+
+def conv2d_backward_input(dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any) -> None:
+    _array("dy", dy, 4)
+    _array("w", w, 4)
+    if len(input_shape) != 4 or input_shape[3] != w.shape[2]:
+        raise ValueError(f"input_shape must be (B, H, W, {w.shape[2]}), not {input_shape}")
+    _same("w", w, "dy", dy, (w.shape[0], w.shape[0], w.shape[2], dy.shape[3]))
+    rows, cols = _conv(tuple(input_shape), w.shape[0], stride, upsample, pad)
+    _same("dy", dy, "input_shape", dy, (input_shape[0], rows, cols, w.shape[3]))
+    _optional("out", out, "dy", dy, tuple(input_shape))
+
+
+def conv2d_backward_weight(x: Array, dy: Array, kernel: int, stride: int, upsample: bool, pad: Any, out: Any) -> None:
+    _array("x", x, 4)
+    _array("dy", dy, 4)
+    rows, cols = _conv(x.shape, kernel, stride, upsample, pad)
+    _same("dy", dy, "x", x, (x.shape[0], rows, cols, dy.shape[3]))
+    _optional("out", out, "x", x, (kernel, kernel, x.shape[3], dy.shape[3]))
+
+
+def attention(q: Array, k: Array, v: Array, scale: Any, out: Any) -> None:
+    _array("q", q, 4)
+    if 0 in q.shape[1:]:
+        raise ValueError(f"q must be (B, T, heads, d) with T, heads and d at least 1, not shape {q.shape}")
+    _same("k", k, "q", q)
+    _same("v", v, "q", q)
+    _optional("out", out, "q", q)
+
+
+def attention_backward(do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, scale: Any) -> None:
+    attention(q, k, v, scale, o)
+    _same("do", do, "q", q)
+    _same("lse", lse, "q", q, (q.shape[0], q.shape[2], q.shape[1]))
+
+
+def sum_squares(x: Array) -> None:
+    _array("x", x)
+
+
+def adamw_ema(
+    param: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    ema: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+    norm_sq: Any,
+    max_norm: float,
+) -> None:
+    _array("param", param, 1)
+    for name, a in (("grad", grad), ("m", m), ("v", v), ("ema", ema)):
+        _same(name, a, "param", param)
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {value}")
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must be in [0, 1], not {ema_decay}")
+    _integer("step", step, 1, 2**63)
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, not {max_norm}")
+    if norm_sq is not None and norm_sq.shape != (1,):
+        raise ValueError(f"norm_sq must be an array of one element, not shape {norm_sq.shape}")

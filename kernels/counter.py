@@ -1,0 +1,31 @@
+"""Small random numbers made on the host from the counter-based generator: uniforms, integers, permutations.
+
+They depend on (seed, step, stream) and the index only, so a resumed run draws what the unbroken run would have drawn.
+"""
+
+import numpy as np
+
+from .reference import philox
+
+
+def bits(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
+    """``n`` uint64 words; word i comes from counter (i // 2, sample, step, stream)."""
+    c0 = np.arange((n + 1) // 2, dtype=np.uint32)
+    full = [np.full_like(c0, value & 0xFFFFFFFF) for value in (sample, step, stream)]
+    r0, r1, r2, r3 = (r.astype(np.uint64) for r in philox((c0, *full), (seed & 0xFFFFFFFF, seed >> 32)))
+    return np.stack([(r0 << np.uint64(32)) | r1, (r2 << np.uint64(32)) | r3], axis=1).reshape(-1)[:n]
+
+
+def uniform(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
+    """``n`` float64 in [0, 1), 53 bits each."""
+    return (bits(n, seed, step, stream, sample) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def integers(n: int, low: int, high: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
+    """``n`` int64 in [low, high), by scaling (bias below 2^-53·(high − low))."""
+    return low + np.floor(uniform(n, seed, step, stream, sample) * (high - low)).astype(np.int64)
+
+
+def permutation(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
+    """A permutation of 0..n−1: the order of ``n`` random words."""
+    return np.argsort(bits(n, seed, step, stream, sample), kind="stable")

@@ -1,0 +1,242 @@
+"""The registry: one record for each kernel. Tests and benchmarks iterate over it, so a new kernel is tested and timed by one entry.
+
+A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ledger ids of its equation, the dtypes its fast
+backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call moves and computes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .reference import ROW
+
+Case = Mapping[str, Any]
+Arguments = tuple[tuple, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: name, ledger ids, cases, and how to make its arguments and count its work."""
+
+    name: str
+    equations: tuple[str, ...]
+    make: Callable[[np.random.Generator, Case, Any], Arguments]  # (rng, case, dtype) -> (args, kwargs)
+    tests: tuple[Case, ...]
+    benches: tuple[Case, ...]
+    moved: Callable[[Case], int]  # bytes read and written in float32, each operand once
+    flops: Callable[[Case], int]  # multiplications and additions
+    dtypes: tuple[str, ...] = ("float32",)  # what cpu and gpu take; anything else goes to the reference
+
+
+def _n(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
+
+# -- random numbers and diffusion
+
+IMAGES = ({"shape": (3, 8, 8, 1)}, {"shape": (2, 7, 5, 3)}, {"shape": (1, 1)}, {"shape": (0, 4, 4, 1)}, {"shape": (2, 2053)}, {"shape": (5, 1024)})
+BIG_IMAGES = ({"shape": (64, 32, 32, 3)}, {"shape": (64, 64, 64, 3)}, {"shape": (16, 256, 256, 3)})
+
+
+def _make_normals(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (np.empty(case["shape"], dtype), 2**40 + 7), {"step": 3, "stream": 2, "first_sample": 5}
+
+
+def _make_q_sample(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    x0 = _n(rng, case["shape"], dtype)
+    abar = np.cumprod(1 - np.r_[0, np.linspace(1e-4, 0.02, 1000)])
+    t = rng.integers(1, 1001, case["shape"][0])
+    eps = _n(rng, case["shape"], dtype) if case.get("given") else None
+    return (x0, t, np.sqrt(abar), np.sqrt(1 - abar)), {"eps": eps, "seed": 11, "step": 4, "first_sample": 2}
+
+
+def _make_step(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    shape = case["shape"]
+    rows = rng.uniform(-1, 1, (4, len(ROW)))
+    history = tuple(_n(rng, shape, dtype) for _ in range(case.get("history", 0)))
+    noise = {"none": None, "made": True, "given": _n(rng, shape, dtype)}[case.get("noise", "none")]
+    options: dict[str, Any] = {"history": history, "noise": noise, "seed": 5, "first_sample": 3}
+    if case.get("guidance"):
+        options["guidance"] = _n(rng, shape, dtype)
+    if case.get("clip"):
+        options["clip"] = (-0.5, 0.75)
+    if case.get("store"):
+        options["store"] = np.empty(shape, dtype)
+    return (_n(rng, shape, dtype), _n(rng, shape, dtype), rows, 2), options
+
+
+STEP_VARIANTS: tuple[Case, ...] = (
+    {},
+    {"noise": "made"},
+    {"noise": "given", "clip": True},
+    {"noise": "made", "clip": True, "store": True, "history": 3, "guidance": True},
+    {"history": 1, "store": True, "clip": True},
+    {"history": 2},
+)
+
+
+def _arrays_of_step(case: Case) -> int:
+    return 3 + case.get("history", 0) + bool(case.get("guidance")) + bool(case.get("store")) + (case.get("noise") == "given")
+
+
+# -- normalisation
+
+NORMS = (
+    {"shape": (2, 5, 3, 12), "groups": 4},
+    {"shape": (3, 8, 8, 32), "groups": 8, "modulated": True},
+    {"shape": (1, 1, 1, 6), "groups": 6, "silu": False},
+    {"shape": (2, 9, 16), "groups": 1, "silu": False, "modulated": True},
+    {"shape": (0, 4, 4, 8), "groups": 2},
+    {"shape": (2, 33, 31, 40), "groups": 8},
+)
+BIG_NORMS = ({"shape": (32, 32, 32, 64), "groups": 32}, {"shape": (32, 16, 16, 128), "groups": 32}, {"shape": (32, 8, 8, 256), "groups": 32})
+
+
+def _make_norm(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    shape = case["shape"]
+    x = 2 * _n(rng, shape, dtype) + dtype(0.5)
+    args = (x, 1 + _n(rng, shape[-1:], dtype) / 4, _n(rng, shape[-1:], dtype), case["groups"])
+    options: dict[str, Any] = {"eps": 1e-5, "silu": case.get("silu", True)}
+    if case.get("modulated"):
+        options |= {"scale": _n(rng, (shape[0], shape[-1]), dtype) / 4, "shift": _n(rng, (shape[0], shape[-1]), dtype)}
+    return args, options
+
+
+def _make_norm_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (x, gamma, beta, groups), options = _make_norm(rng, case, dtype)
+    _, mean, rstd = reference.group_norm_silu(x, gamma, beta, groups, **options)
+    del options["eps"]
+    return (_n(rng, case["shape"], dtype), x, gamma, beta, groups, mean, rstd), options
+
+
+# -- convolution
+
+CONVS = (
+    {"shape": (2, 5, 7, 3), "kernel": 3, "cout": 4},
+    {"shape": (3, 8, 8, 16), "kernel": 3, "cout": 32},
+    {"shape": (2, 8, 6, 5), "kernel": 3, "cout": 7, "stride": 2},
+    {"shape": (2, 8, 8, 5), "kernel": 3, "cout": 7, "stride": 2, "pad": (0, 1)},
+    {"shape": (2, 7, 7, 6), "kernel": 3, "cout": 9, "stride": 2},
+    {"shape": (2, 3, 4, 6), "kernel": 3, "cout": 5, "upsample": True},
+    {"shape": (2, 4, 5, 6), "kernel": 1, "cout": 10},
+    {"shape": (1, 1, 1, 2), "kernel": 3, "cout": 2},
+    {"shape": (0, 4, 4, 2), "kernel": 3, "cout": 3},
+    {"shape": (2, 8, 8, 8), "kernel": 3, "cout": 8, "bias": False},
+)
+BIG_CONVS = (
+    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64},
+    {"shape": (32, 16, 16, 128), "kernel": 3, "cout": 128},
+    {"shape": (32, 8, 8, 256), "kernel": 3, "cout": 256},
+    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64, "stride": 2},
+    {"shape": (32, 16, 16, 64), "kernel": 3, "cout": 64, "upsample": True},
+    {"shape": (32, 16, 16, 128), "kernel": 1, "cout": 128},
+)
+
+
+def _conv_options(case: Case) -> dict[str, Any]:
+    return {"stride": case.get("stride", 1), "upsample": case.get("upsample", False), "pad": case.get("pad")}
+
+
+def _conv_output(case: Case) -> tuple[int, ...]:
+    b, h, w, _ = case["shape"]
+    options = _conv_options(case)
+    rows, cols = (reference.conv_output_size(n, case["kernel"], **options) for n in (h, w))
+    return b, rows, cols, case["cout"]
+
+
+def _conv_weight(rng: np.random.Generator, case: Case, dtype: Any) -> np.ndarray:
+    k, cin = case["kernel"], case["shape"][-1]
+    return _n(rng, (k, k, cin, case["cout"]), dtype) / dtype(k * cin**0.5)
+
+
+def _make_conv(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    bias = _n(rng, (case["cout"],), dtype) if case.get("bias", True) else None
+    return (_n(rng, case["shape"], dtype), _conv_weight(rng, case, dtype)), {"bias": bias, **_conv_options(case)}
+
+
+def _make_conv_input(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (_n(rng, _conv_output(case), dtype), _conv_weight(rng, case, dtype), case["shape"]), _conv_options(case)
+
+
+def _make_conv_weight(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (_n(rng, case["shape"], dtype), _n(rng, _conv_output(case), dtype), case["kernel"]), _conv_options(case)
+
+
+def _conv_flops(case: Case) -> int:
+    return 2 * prod(_conv_output(case)) * case["kernel"] ** 2 * case["shape"][-1]
+
+
+def _conv_moved(case: Case) -> int:
+    return 4 * (prod(case["shape"]) + prod(_conv_output(case)) + case["kernel"] ** 2 * case["shape"][-1] * case["cout"])
+
+
+# -- attention
+
+ATTENTIONS = ({"shape": (2, 9, 3, 8)}, {"shape": (1, 64, 4, 16)}, {"shape": (2, 1, 1, 4)}, {"shape": (0, 5, 2, 4)}, {"shape": (2, 70, 2, 5), "scale": 0.3})
+BIG_ATTENTIONS = ({"shape": (32, 256, 4, 32)}, {"shape": (32, 64, 1, 128)}, {"shape": (4, 1024, 4, 64)})
+
+
+def _make_attention(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    q, k, v = (_n(rng, case["shape"], dtype) for _ in range(3))
+    return (q, k, v), {"scale": case.get("scale")}
+
+
+def _make_attention_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (q, k, v), options = _make_attention(rng, case, dtype)
+    o, lse = reference.attention(q, k, v, **options)
+    return (_n(rng, case["shape"], dtype), q, k, v, o, lse), options
+
+
+def _attention_flops(case: Case, products: int) -> int:
+    b, t, h, d = case["shape"]
+    return 2 * products * b * h * t * t * d
+
+
+# -- optimiser
+
+FLATS = ({"shape": (1,)}, {"shape": (1000,)}, {"shape": (70001,)})
+BIG_FLATS = ({"shape": (1 << 20,)}, {"shape": (9_000_000,)})
+
+
+def _make_adamw(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    p, g, m, ema = (_n(rng, case["shape"], dtype) for _ in range(4))
+    v = np.abs(_n(rng, case["shape"], dtype))
+    return (p, g, m / 10, v, ema, 1e-3, 0.9, 0.999, 1e-8, 0.01, 7, 0.99), {"norm_sq": reference.sum_squares(g), "max_norm": 1.0}
+
+
+_KERNELS = (
+    Kernel("normals", ("S0-U2",), _make_normals, IMAGES, BIG_IMAGES, lambda c: 4 * prod(c["shape"]), lambda c: 40 * prod(c["shape"])),
+    Kernel(
+        "q_sample",
+        ("S0-E18", "S0-U2", "S0-E39", "S0-E48", "S1-E7", "S4-E17"),
+        _make_q_sample,
+        (*IMAGES, *({**c, "given": True} for c in IMAGES)),
+        BIG_IMAGES,
+        lambda c: 12 * prod(c["shape"]),
+        lambda c: 43 * prod(c["shape"]),
+    ),
+    Kernel(
+        "step",
+        ("S0-E31", "S0-E47", "S0-E49"),
+        _make_step,
+        tuple({**c, **v} for c in IMAGES for v in STEP_VARIANTS),
+        tuple({**c, **v} for c in BIG_IMAGES for v in ({}, {"noise": "made"}, {"noise": "made", "clip": True}, {"clip": True, "history": 1, "store": True})),
+        lambda c: 4 * _arrays_of_step(c) * prod(c["shape"]),
+        lambda c: (2 * _arrays_of_step(c) + (40 if c.get("noise") == "made" else 0)) * prod(c["shape"]),
+    ),
+    Kernel("group_norm_silu", (), _make_norm, NORMS, BIG_NORMS, lambda c: 8 * prod(c["shape"]), lambda c: 12 * prod(c["shape"])),
+    Kernel("group_norm_silu_backward", (), _make_norm_backward, NORMS, BIG_NORMS, lambda c: 12 * prod(c["shape"]), lambda c: 25 * prod(c["shape"])),
+    Kernel("conv2d", (), _make_conv, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
+    Kernel("conv2d_backward_input", (), _make_conv_input, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
+    Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
+    Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, lambda c: 16 * prod(c["shape"]), lambda c: _attention_flops(c, 2)),
+    Kernel("attention_backward", (), _make_attention_backward, ATTENTIONS, BIG_ATTENTIONS, lambda c: 32 * prod(c["shape"]), lambda c: _attention_flops(c, 5)),
+    Kernel("sum_squares", (), lambda r, c, d: ((_n(r, c["shape"], d),), {}), FLATS, BIG_FLATS, lambda c: 4 * prod(c["shape"]), lambda c: 2 * prod(c["shape"])),
+    Kernel("adamw_ema", (), _make_adamw, FLATS, BIG_FLATS, lambda c: 36 * prod(c["shape"]), lambda c: 16 * prod(c["shape"])),
+)
+
+TABLE: dict[str, Kernel] = {k.name: k for k in _KERNELS}

@@ -1,0 +1,13 @@
+"""The streams of the counter-based generator: one number for each use of randomness, so that no two uses share a counter.
+
+A random word is Philox4x32-10(counter = (block, sample, step, stream), key = seed); see :func:`alphabar.kernels.reference.philox`.
+"""
+
+SAMPLER = 0  # z of a sampler step; step = row of the table, sample = global index of the sample
+FORWARD = 1  # eps of q_sample; step = training step, sample = place in the batch
+PRIOR = 2  # x_T ~ N(0, I); step = 0, sample = global index of the sample
+TIMES = 3  # t ~ U{1..T} of a training batch; step = training step
+ORDER = 4  # permutation of the data; step = epoch
+DROP = 5  # which conditions are dropped; step = training step
+INIT = 6  # initial weights; step = index of the parameter
+DROPOUT = 7  # dropout masks; step = training step
