@@ -1,6 +1,7 @@
-"""The hot loops. Each kernel has a definition in array code, a Numba twin and a CUDA twin; the public functions choose among them.
+"""The hot loops. Each kernel has a definition in array code, a Numba twin and a CUDA twin; the public functions choose.
 
-``TABLE`` is the registry. Every function takes NumPy or CuPy arrays, or arrays of any library that speaks DLPack, and answers in kind.
+``TABLE`` is the registry. Every function takes NumPy or CuPy arrays, or arrays of any library that speaks DLPack, and answers
+in kind.
 """
 
 from . import streams

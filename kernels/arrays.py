@@ -1,7 +1,7 @@
 """Which library an array belongs to, and the way in and out for arrays of other libraries (DLPack).
 
-Inside the engine an array is a ``numpy.ndarray`` or a ``cupy.ndarray``. At the public doors any object with ``__dlpack__`` (a torch
-tensor, a JAX array) is taken without a copy and the answer is given back as the caller's kind.
+Inside the engine an array is a ``numpy.ndarray`` or a ``cupy.ndarray``. At the public doors any object with ``__dlpack__`` (a
+torch tensor, a JAX array) is taken without a copy and the answer is given back as the caller's kind.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""What each kernel demands of its arguments: shapes, ranges, devices. Run before any backend, so that no backend meets a bad call.
+"""What each kernel demands of its arguments: shapes, dtypes, ranges. Run first, so that no backend meets a bad call.
 
-Each function has the parameters of the kernel of the same name and raises ValueError or TypeError naming the argument and its value.
+Each function has the parameters of the kernel of the same name and raises ValueError or TypeError naming the argument and its
+value.
 """
 
 from typing import Any
@@ -64,7 +65,17 @@ def normals(out: Array, seed: int, step: int, stream: int, first_sample: int) ->
 
 
 def q_sample(
-    x0: Array, t: Array, signal: Array, noise: Array, eps: Any, seed: int, step: int, stream: int, first_sample: int, out: Any, eps_out: Any
+    x0: Array,
+    t: Array,
+    signal: Array,
+    noise: Array,
+    eps: Any,
+    seed: int,
+    step: int,
+    stream: int,
+    first_sample: int,
+    out: Any,
+    eps_out: Any,
 ) -> None:
     _array("x0", x0)
     if x0.ndim < 1:
@@ -141,7 +152,9 @@ def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: A
     _optional("shift", shift, "x", x, (x.shape[0], channels))
 
 
-def group_norm_silu(x: Array, gamma: Array, beta: Array, groups: int, eps: float, scale: Any, shift: Any, silu: bool, out: Any) -> None:
+def group_norm_silu(
+    x: Array, gamma: Array, beta: Array, groups: int, eps: float, scale: Any, shift: Any, silu: bool, out: Any
+) -> None:
     _norm(x, gamma, beta, groups, scale, shift)
     if not eps > 0:
         raise ValueError(f"eps must be positive, not {eps}")
@@ -149,7 +162,17 @@ def group_norm_silu(x: Array, gamma: Array, beta: Array, groups: int, eps: float
 
 
 def group_norm_silu_backward(
-    dy: Array, x: Array, gamma: Array, beta: Array, groups: int, mean: Array, rstd: Array, scale: Any, shift: Any, silu: bool, out: Any
+    dy: Array,
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    groups: int,
+    mean: Array,
+    rstd: Array,
+    scale: Any,
+    shift: Any,
+    silu: bool,
+    out: Any,
 ) -> None:
     _norm(x, gamma, beta, groups, scale, shift)
     _same("dy", dy, "x", x)
@@ -182,7 +205,9 @@ def conv2d(x: Array, w: Array, bias: Any, stride: int, upsample: bool, pad: Any,
     _optional("out", out, "x", x, (x.shape[0], rows, cols, w.shape[3]))
 
 
-def conv2d_backward_input(dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any) -> None:
+def conv2d_backward_input(
+    dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any
+) -> None:
     _array("dy", dy, 4)
     _array("w", w, 4)
     if len(input_shape) != 4 or input_shape[3] != w.shape[2]:

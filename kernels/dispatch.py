@@ -19,7 +19,8 @@ from .arrays import is_cupy, is_foreign, is_native, native, restore
 from .registry import TABLE
 
 BACKENDS = ("auto", "reference")
-_choice: ContextVar[str] = ContextVar("backend", default=os.environ.get("ALPHABAR_KERNELS", "auto"))
+_DEFAULT: str = os.environ.get("ALPHABAR_KERNELS", "auto")
+_choice: ContextVar[str] = ContextVar("backend", default=_DEFAULT)
 
 
 @contextmanager
@@ -43,17 +44,23 @@ def _floats(values: Iterator[Any]) -> Iterator[Any]:
 
 
 def backend_for(name: str, bound: dict[str, Any]) -> str:
-    """"cpu", "gpu" or "reference" for these arguments (a mapping of the kernel's parameter names)."""
+    """ "cpu", "gpu" or "reference" for these arguments (a mapping of the kernel's parameter names)."""
     if _choice.get() not in BACKENDS:
         raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {_choice.get()!r}")
     if _choice.get() == "reference":
         return "reference"
     dtypes = TABLE[name].dtypes
     # the coefficient tables (rows, signal, noise levels) and Σ grad² may be float64 beside float32 data
-    data = list(_floats(v for k, v in bound.items() if k not in ("rows", "signal", "norm_sq") and not (k == "noise" and name == "q_sample")))
+    data = list(
+        _floats(
+            v for k, v in bound.items() if k not in ("rows", "signal", "norm_sq") and not (k == "noise" and name == "q_sample")
+        )
+    )
     if not data or any(a.dtype.name not in dtypes for a in data):
         return "reference"
-    if not all(a.flags.c_contiguous for k in ("out", "store", "eps_out", "param", "m", "v", "ema") if is_native(a := bound.get(k))):
+    if not all(
+        a.flags.c_contiguous for k in ("out", "store", "eps_out", "param", "m", "v", "ema") if is_native(a := bound.get(k))
+    ):
         return "reference"
     return "gpu" if is_cupy(data[0]) else "cpu"
 

@@ -1,7 +1,8 @@
 """Every kernel's definition in plain array code, for NumPy and CuPy alike and for any float dtype.
 
-The formula stands above the lines that compute it. The faster backends (``cpu``, ``gpu``) carry the same names and the same argument
-order; ``tests/test_kernels.py`` holds them to these definitions. Layout: activations NHWC, weights HWIO, tokens (B, T, heads, d).
+The formula stands above the lines that compute it. The faster backends (``cpu``, ``gpu``) carry the same names and the same
+argument order; ``tests/test_kernels.py`` holds them to these definitions. Layout: activations NHWC, weights HWIO, tokens
+(B, T, heads, d).
 """
 
 from typing import Any
@@ -43,7 +44,7 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
 
 
 def minus_2_log(r: Array) -> Array:
-    """−2 ln u with u = (⌊r/2⁸⌋ + 1)·2⁻²⁴ ∈ (0, 1], in float32 operations that are each rounded once (so: the same bits everywhere)."""
+    """−2 ln u with u = (⌊r/2⁸⌋ + 1)·2⁻²⁴ ∈ (0, 1], in float32 operations that are each rounded once: the same bits everywhere."""
     xp = array_module(r)
     f32 = xp.float32
     f = ((r >> xp.uint32(8)) + xp.uint32(1)).astype(f32)  # exact, at most 2^24
@@ -51,7 +52,15 @@ def minus_2_log(r: Array) -> Array:
     e = (bits >> xp.uint32(23)).astype(f32)
     x = ((bits & xp.uint32(0x007FFFFF)) + xp.uint32(0x3F3504F3)).view(f32) - f32(1)  # f = 2^e (1 + x), √½ ≤ 1 + x < √2
     y = f32(7.0376836292e-2) * x + f32(-1.1514610310e-1)
-    for k in (1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1):
+    for k in (
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    ):
         y = y * x + f32(k)
     z = x * x
     y = (y * x) * z
@@ -62,7 +71,7 @@ def minus_2_log(r: Array) -> Array:
 
 
 def cos_sin(r: Array) -> tuple[Array, Array]:
-    """(cos θ, sin θ) of a uniform angle: the octant from the top 3 bits of r, the angle in it from the next 24. float32, exact rounding."""
+    """(cos θ, sin θ) of a uniform angle: octant from the top 3 bits of r, angle in it from the next 24; single roundings."""
     xp = array_module(r)
     f32 = xp.float32
     octant = r >> xp.uint32(29)
@@ -94,7 +103,10 @@ def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_s
     lanes = min(RUN, size)
     c0 = (xp.arange(blocks, dtype=xp.uint32)[:, None] * xp.uint32(RUN) + xp.arange(lanes, dtype=xp.uint32)[None, :])[None]
     c0 = xp.broadcast_to(c0, (batch, blocks, lanes))
-    c1 = xp.broadcast_to(((np.uint64(first_sample) + xp.arange(batch, dtype=xp.uint64)) & xp.uint64(0xFFFFFFFF)).astype(xp.uint32)[:, None, None], c0.shape)
+    c1 = xp.broadcast_to(
+        ((np.uint64(first_sample) + xp.arange(batch, dtype=xp.uint64)) & xp.uint64(0xFFFFFFFF)).astype(xp.uint32)[:, None, None],
+        c0.shape,
+    )
     r0, r1, r2, r3 = philox((c0, c1, xp.full_like(c0, step), xp.full_like(c0, stream)), (seed & 0xFFFFFFFF, seed >> 32))
     radius0, radius1 = xp.sqrt(minus_2_log(r0)), xp.sqrt(minus_2_log(r2))
     (cos0, sin0), (cos1, sin1) = cos_sin(r1), cos_sin(r3)
@@ -196,7 +208,9 @@ def _per_sample(v: Array, ndim: int) -> Array:
     return v.reshape(v.shape[0], *(1,) * (ndim - 2), v.shape[-1])
 
 
-def _modulated(x: Array, gamma: Array, beta: Array, groups: int, mean: Array, rstd: Array, scale: Array | None, shift: Array | None) -> tuple[Array, Array]:
+def _modulated(
+    x: Array, gamma: Array, beta: Array, groups: int, mean: Array, rstd: Array, scale: Array | None, shift: Array | None
+) -> tuple[Array, Array]:
     """(x̂, v): x̂ = (x − mean)·rstd per group, v = (x̂·γ + β)·(1 + scale) + shift."""
     x_hat = ((_grouped(x, groups) - mean[:, None, :, None]) * rstd[:, None, :, None]).reshape(x.shape)
     v = x_hat * gamma + beta
@@ -253,7 +267,8 @@ def group_norm_silu_backward(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """Gradients of :func:`group_norm_silu`: (dx, dgamma, dbeta, dscale, dshift); the last two are None without scale and shift.
 
-    With v the argument of the activation: dv = dy·σ(v)(1 + v(1 − σ(v))); n = x̂γ + β: dn = dv(1 + scale), dscale = Σ dv·n, dshift = Σ dv;
+    With v the argument of the activation: dv = dy·σ(v)(1 + v(1 − σ(v)));
+    n = x̂γ + β: dn = dv(1 + scale), dscale = Σ dv·n, dshift = Σ dv;
     dγ = Σ dn·x̂, dβ = Σ dn; and with g = dn·γ, ⟨·⟩ the mean over a group: dx = rstd·(g − ⟨g⟩ − x̂⟨g·x̂⟩).
     """
     x_hat, v = _modulated(x, gamma, beta, groups, mean, rstd, scale, shift)
@@ -310,9 +325,10 @@ def conv2d(
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
 ) -> Array:
-    """y[n,i,j,k] = bias[k] + Σ_{u,v,c} x̃[n, i·stride+u, j·stride+v, c]·w[u,v,c,k]; x̃ = x, doubled by nearest neighbour if ``upsample``, padded.
+    """y[n,i,j,k] = bias[k] + Σ_{u,v,c} x̃[n, i·stride+u, j·stride+v, c]·w[u,v,c,k]; x̃ is x padded.
 
-    x (B, H, W, Cin); w (k, k, Cin, Cout) with k = 1 or 3; stride 1 or 2; ``pad`` (before, after), by default ((k−1)//2, k//2).
+    With ``upsample`` x is first doubled by nearest neighbour. x (B, H, W, Cin); w (k, k, Cin, Cout) with k = 1 or 3; stride 1 or
+    2; ``pad`` (before, after), by default ((k−1)//2, k//2).
     """
     kernel = w.shape[0]
     xt = _padded(x, kernel, upsample, pad)
@@ -405,7 +421,7 @@ def attention(q: Array, k: Array, v: Array, scale: float | None = None, out: Arr
 def attention_backward(
     do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, scale: float | None = None
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv). With P = exp(scale·q kᵀ − lse): dv = Pᵀdo; dP = do vᵀ; dS = P∘(dP − Σ_d do∘o); dq = scale·dS k; dk = scale·dSᵀ q."""
+    """(dq, dk, dv): with P = exp(scale·q kᵀ − lse), dS = P∘(do vᵀ − Σ_d do∘o): dv = Pᵀdo, dq = scale·dS k, dk = scale·dSᵀ q."""
     xp = array_module(q)
     scale = q.dtype.type(q.shape[-1] ** -0.5 if scale is None else scale)
     doh, qh, kh, vh, oh = (z.transpose(0, 2, 1, 3) for z in (do, q, k, v, o))

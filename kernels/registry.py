@@ -1,7 +1,8 @@
-"""The registry: one record for each kernel. Tests and benchmarks iterate over it, so a new kernel is tested and timed by one entry.
+"""The registry: one record for each kernel. Tests and benchmarks iterate over it: one entry, and a kernel is tested and timed.
 
-A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ledger ids of its equation, the dtypes its fast
-backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call moves and computes.
+A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ledger ids of its equation, the dtypes its
+fast backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call moves and
+computes.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +39,14 @@ def _n(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarr
 
 # -- random numbers and diffusion
 
-IMAGES = ({"shape": (3, 8, 8, 1)}, {"shape": (2, 7, 5, 3)}, {"shape": (1, 1)}, {"shape": (0, 4, 4, 1)}, {"shape": (2, 2053)}, {"shape": (5, 1024)})
+IMAGES = (
+    {"shape": (3, 8, 8, 1)},
+    {"shape": (2, 7, 5, 3)},
+    {"shape": (1, 1)},
+    {"shape": (0, 4, 4, 1)},
+    {"shape": (2, 2053)},
+    {"shape": (5, 1024)},
+)
 BIG_IMAGES = ({"shape": (64, 32, 32, 3)}, {"shape": (64, 64, 64, 3)}, {"shape": (16, 256, 256, 3)})
 
 
@@ -93,7 +101,11 @@ NORMS = (
     {"shape": (0, 4, 4, 8), "groups": 2},
     {"shape": (2, 33, 31, 40), "groups": 8},
 )
-BIG_NORMS = ({"shape": (32, 32, 32, 64), "groups": 32}, {"shape": (32, 16, 16, 128), "groups": 32}, {"shape": (32, 8, 8, 256), "groups": 32})
+BIG_NORMS = (
+    {"shape": (32, 32, 32, 64), "groups": 32},
+    {"shape": (32, 16, 16, 128), "groups": 32},
+    {"shape": (32, 8, 8, 256), "groups": 32},
+)
 
 
 def _make_norm(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
@@ -176,7 +188,13 @@ def _conv_moved(case: Case) -> int:
 
 # -- attention
 
-ATTENTIONS = ({"shape": (2, 9, 3, 8)}, {"shape": (1, 64, 4, 16)}, {"shape": (2, 1, 1, 4)}, {"shape": (0, 5, 2, 4)}, {"shape": (2, 70, 2, 5), "scale": 0.3})
+ATTENTIONS = (
+    {"shape": (2, 9, 3, 8)},
+    {"shape": (1, 64, 4, 16)},
+    {"shape": (2, 1, 1, 4)},
+    {"shape": (0, 5, 2, 4)},
+    {"shape": (2, 70, 2, 5), "scale": 0.3},
+)
 BIG_ATTENTIONS = ({"shape": (32, 256, 4, 32)}, {"shape": (32, 64, 1, 128)}, {"shape": (4, 1024, 4, 64)})
 
 
@@ -191,9 +209,9 @@ def _make_attention_backward(rng: np.random.Generator, case: Case, dtype: Any) -
     return (_n(rng, case["shape"], dtype), q, k, v, o, lse), options
 
 
-def _attention_flops(case: Case, products: int) -> int:
-    b, t, h, d = case["shape"]
-    return 2 * products * b * h * t * t * d
+def _attention_flops(products: int) -> Callable[[Case], int]:
+    """``products`` matrix products of (T, d) by (d, T) for each head."""
+    return lambda case: 2 * products * case["shape"][0] * case["shape"][1] ** 2 * case["shape"][2] * case["shape"][3]
 
 
 # -- optimiser
@@ -202,41 +220,56 @@ FLATS = ({"shape": (1,)}, {"shape": (1000,)}, {"shape": (70001,)})
 BIG_FLATS = ({"shape": (1 << 20,)}, {"shape": (9_000_000,)})
 
 
+def _make_flat(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (_n(rng, case["shape"], dtype),), {}
+
+
 def _make_adamw(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     p, g, m, ema = (_n(rng, case["shape"], dtype) for _ in range(4))
     v = np.abs(_n(rng, case["shape"], dtype))
     return (p, g, m / 10, v, ema, 1e-3, 0.9, 0.999, 1e-8, 0.01, 7, 0.99), {"norm_sq": reference.sum_squares(g), "max_norm": 1.0}
 
 
+def _per_element(count: int) -> Callable[[Case], int]:
+    return lambda case: count * prod(case["shape"])
+
+
+_STEP_BENCHES: tuple[Case, ...] = (
+    {},
+    {"noise": "made"},
+    {"noise": "made", "clip": True},
+    {"clip": True, "history": 1, "store": True},
+)
+
 _KERNELS = (
-    Kernel("normals", ("S0-U2",), _make_normals, IMAGES, BIG_IMAGES, lambda c: 4 * prod(c["shape"]), lambda c: 40 * prod(c["shape"])),
+    Kernel("normals", ("S0-U2",), _make_normals, IMAGES, BIG_IMAGES, _per_element(4), _per_element(40)),
     Kernel(
         "q_sample",
         ("S0-E18", "S0-U2", "S0-E39", "S0-E48", "S1-E7", "S4-E17"),
         _make_q_sample,
         (*IMAGES, *({**c, "given": True} for c in IMAGES)),
         BIG_IMAGES,
-        lambda c: 12 * prod(c["shape"]),
-        lambda c: 43 * prod(c["shape"]),
+        _per_element(12),
+        _per_element(43),
     ),
     Kernel(
         "step",
         ("S0-E31", "S0-E47", "S0-E49"),
         _make_step,
         tuple({**c, **v} for c in IMAGES for v in STEP_VARIANTS),
-        tuple({**c, **v} for c in BIG_IMAGES for v in ({}, {"noise": "made"}, {"noise": "made", "clip": True}, {"clip": True, "history": 1, "store": True})),
+        tuple({**c, **v} for c in BIG_IMAGES for v in _STEP_BENCHES),
         lambda c: 4 * _arrays_of_step(c) * prod(c["shape"]),
         lambda c: (2 * _arrays_of_step(c) + (40 if c.get("noise") == "made" else 0)) * prod(c["shape"]),
     ),
-    Kernel("group_norm_silu", (), _make_norm, NORMS, BIG_NORMS, lambda c: 8 * prod(c["shape"]), lambda c: 12 * prod(c["shape"])),
-    Kernel("group_norm_silu_backward", (), _make_norm_backward, NORMS, BIG_NORMS, lambda c: 12 * prod(c["shape"]), lambda c: 25 * prod(c["shape"])),
+    Kernel("group_norm_silu", (), _make_norm, NORMS, BIG_NORMS, _per_element(8), _per_element(12)),
+    Kernel("group_norm_silu_backward", (), _make_norm_backward, NORMS, BIG_NORMS, _per_element(12), _per_element(25)),
     Kernel("conv2d", (), _make_conv, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
     Kernel("conv2d_backward_input", (), _make_conv_input, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
     Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
-    Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, lambda c: 16 * prod(c["shape"]), lambda c: _attention_flops(c, 2)),
-    Kernel("attention_backward", (), _make_attention_backward, ATTENTIONS, BIG_ATTENTIONS, lambda c: 32 * prod(c["shape"]), lambda c: _attention_flops(c, 5)),
-    Kernel("sum_squares", (), lambda r, c, d: ((_n(r, c["shape"], d),), {}), FLATS, BIG_FLATS, lambda c: 4 * prod(c["shape"]), lambda c: 2 * prod(c["shape"])),
-    Kernel("adamw_ema", (), _make_adamw, FLATS, BIG_FLATS, lambda c: 36 * prod(c["shape"]), lambda c: 16 * prod(c["shape"])),
+    Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, _per_element(16), _attention_flops(2)),
+    Kernel("attention_backward", (), _make_attention_backward, ATTENTIONS, BIG_ATTENTIONS, _per_element(32), _attention_flops(5)),
+    Kernel("sum_squares", (), _make_flat, FLATS, BIG_FLATS, _per_element(4), _per_element(2)),
+    Kernel("adamw_ema", (), _make_adamw, FLATS, BIG_FLATS, _per_element(36), _per_element(16)),
 )
 
 TABLE: dict[str, Kernel] = {k.name: k for k in _KERNELS}
