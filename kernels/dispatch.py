@@ -35,39 +35,44 @@ def use(backend: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def _floats(values: Iterator[Any]) -> Iterator[Any]:
-    for v in values:
-        if isinstance(v, tuple):
-            yield from _floats(iter(v))
-        elif is_native(v) and v.dtype.kind == "f":
-            yield v
+# What a kernel writes must be contiguous as it is; what it only reads is copied where it is not.
+_WRITTEN = {"adamw_ema": ("param", "m", "v", "ema")}
+# Coefficient tables (rows, signal and noise levels) and Σ grad² may be float64 beside float32 data.
+_TABLES = {"q_sample": frozenset(("signal", "noise")), "step": frozenset(("rows",)), "adamw_ema": frozenset(("norm_sq",))}
+_DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
+_SCALARS = frozenset((int, float, bool, type(None)))
+_PLAIN = _SCALARS | {np.ndarray, tuple}  # types that need no question about DLPack
 
 
 def backend_for(name: str, bound: dict[str, Any]) -> str:
     """ "cpu", "gpu" or "reference" for these arguments (a mapping of the kernel's parameter names)."""
-    if _choice.get() not in BACKENDS:
-        raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {_choice.get()!r}")
-    if _choice.get() == "reference":
+    choice = _choice.get()
+    if choice == "reference":
+        return choice
+    if choice != "auto":
+        raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {choice!r}")
+    dtypes, tables = _DTYPES[name], _TABLES.get(name, ())
+    first = None
+    for k, v in bound.items():
+        if type(v) in _SCALARS or k in tables:
+            continue
+        for a in v if type(v) is tuple else (v,):
+            if is_native(a) and a.dtype.kind == "f":
+                if a.dtype not in dtypes:
+                    return "reference"
+                first = a if first is None else first
+    if first is None:
         return "reference"
-    dtypes = TABLE[name].dtypes
-    # the coefficient tables (rows, signal, noise levels) and Σ grad² may be float64 beside float32 data
-    data = list(
-        _floats(
-            v for k, v in bound.items() if k not in ("rows", "signal", "norm_sq") and not (k == "noise" and name == "q_sample")
-        )
-    )
-    if not data or any(a.dtype.name not in dtypes for a in data):
-        return "reference"
-    if not all(
-        a.flags.c_contiguous for k in ("out", "store", "eps_out", "param", "m", "v", "ema") if is_native(a := bound.get(k))
-    ):
-        return "reference"
-    return "gpu" if is_cupy(data[0]) else "cpu"
+    for k in _WRITTEN.get(name, ("out", "store", "eps_out")):
+        a = bound.get(k)
+        if a is not None and is_native(a) and not a.flags.c_contiguous:
+            return "reference"
+    return "gpu" if is_cupy(first) else "cpu"
 
 
 def _contiguous(v: Any) -> Any:
-    if isinstance(v, tuple):
-        return tuple(_contiguous(x) for x in v)
+    if type(v) is tuple:
+        return tuple(map(_contiguous, v))
     if is_native(v) and not v.flags.c_contiguous:
         return v.copy(order="C")
     return v
@@ -82,13 +87,19 @@ def kernel(name: str) -> Callable[..., Any]:
     definition = getattr(reference, name)
     signature = inspect.signature(definition)
     check = getattr(checks, name)
+    defaults = {k: p.default for k, p in signature.parameters.items()}
+    names = tuple(defaults)
+    required = sum(d is inspect.Parameter.empty for d in defaults.values())
 
     @functools.wraps(definition)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        foreign = next((v for v in given.values() if is_foreign(v)), None)
+        count = len(args)
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs  # Signature.bind does this too, ten times slower
+        doubled = kwargs and not kwargs.keys().isdisjoint(names[:count])
+        if count > len(names) or len(given) > len(names) or doubled or not kwargs.keys() >= set(names[count:required]):
+            signature.bind(*args, **kwargs)  # raises what Python raises
+        foreign = next((v for v in given.values() if type(v) not in _PLAIN and is_foreign(v)), None)
+        originals = given
         if foreign is not None:
             given = {k: _to_native(v) for k, v in given.items()}
         check(**given)
@@ -96,13 +107,19 @@ def kernel(name: str) -> Callable[..., Any]:
         if backend == "reference":
             result = definition(**given)
         else:
-            module = importlib.import_module(f".{backend}", __package__)
-            result = getattr(module, name)(**{k: _contiguous(v) for k, v in given.items()})
-        if foreign is None:
-            return result
-        return _restored(result, given, bound.arguments, foreign)
+            run = _loaded.get((backend, name)) or _load(backend, name)
+            result = run(**{k: v if type(v) in _SCALARS else _contiguous(v) for k, v in given.items()})
+        return result if foreign is None else _restored(result, given, originals, foreign)
 
     return call
+
+
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def _load(backend: str, name: str) -> Callable[..., Any]:
+    _loaded[backend, name] = run = getattr(importlib.import_module(f".{backend}", __package__), name)
+    return run
 
 
 def _restored(result: Any, natives: dict[str, Any], originals: dict[str, Any], kind: Any) -> Any:

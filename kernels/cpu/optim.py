@@ -1,0 +1,60 @@
+"""The optimiser's loops over flat buffers: Σ x² and AdamW with clipping and the running average in one pass."""
+
+import numpy as np
+from numba import prange
+
+from .. import buffers
+from .jit import jit, loops
+from .vector import F
+
+_CHUNK = 1 << 15  # one partial sum, whatever the number of threads
+
+
+@jit(fastmath={"reassoc", "contract"})
+def _squares(x):
+    s = 0.0
+    for j in range(x.size):
+        s += np.float64(x[j]) * np.float64(x[j])
+    return s
+
+
+@loops
+def _sum_squares(x, partial):
+    for k in prange(partial.size):
+        partial[k] = _squares(x[k * _CHUNK : (k + 1) * _CHUNK])
+
+
+def sum_squares(x):
+    partial = buffers.empty((max(1, -(-x.size // _CHUNK)),), np.float64)
+    _sum_squares(x.reshape(-1), partial)
+    return partial.sum(keepdims=True)
+
+
+@jit(fastmath={"contract"})
+def _update(p, g, m, v, ema, clip, b1, b2, shrink, rate, correction, eps, decay):
+    c1, c2, rest = F(1) - b1, F(1) - b2, F(1) - decay
+    for j in range(p.size):
+        gj = g[j] * clip
+        mj = b1 * m[j] + c1 * gj
+        vj = b2 * v[j] + c2 * gj * gj
+        pj = shrink * p[j] - rate * (mj / (F(np.sqrt(vj / correction)) + eps))
+        m[j] = mj
+        v[j] = vj
+        p[j] = pj
+        ema[j] = decay * ema[j] + rest * pj
+
+
+@loops
+def _adamw(p, g, m, v, ema, clip, b1, b2, shrink, rate, correction, eps, decay):
+    chunks = (p.size + _CHUNK - 1) // _CHUNK
+    for k in prange(chunks):
+        a, b = k * _CHUNK, min(p.size, (k + 1) * _CHUNK)
+        _update(p[a:b], g[a:b], m[a:b], v[a:b], ema[a:b], clip, b1, b2, shrink, rate, correction, eps, decay)
+
+
+def adamw_ema(param, grad, m, v, ema, lr, beta1, beta2, eps, weight_decay, step, ema_decay, norm_sq=None, max_norm=float("inf")):
+    clip = 1.0
+    if norm_sq is not None and np.isfinite(max_norm):
+        clip = np.minimum(1.0, max_norm / (np.sqrt(norm_sq[0]) + 1e-6))
+    numbers = clip, beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta2**step, eps, ema_decay
+    _adamw(param, grad, m, v, ema, *map(F, numbers))

@@ -1,0 +1,196 @@
+"""What plain Numba does not offer: bit casts, an exponential that vectorises, and the two register tiles of a matrix product.
+
+A tile keeps ROWS x COLS (or NARROW x COLS) sums in vector registers; its LLVM code is written out, for the host's vector width.
+"""
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from .jit import jit
+
+F = np.float32
+
+
+def _features() -> dict[str, bool]:
+    try:
+        return dict(binding.get_host_cpu_features())
+    except RuntimeError:
+        return {}
+
+
+_HAS = _features()
+_WIDE = bool(_HAS.get("avx512f"))
+LANES = 16 if _WIDE else 8 if _HAS.get("avx") else 4
+_MANY = _WIDE or platform.machine() in ("aarch64", "arm64")  # 32 vector registers, not 16
+ROWS = 12 if _MANY else 6  # rows of the tile whose left operand is read by row
+NARROW = 8 if _MANY else 4  # rows of the tile whose left operand is read by column
+COLS = 2 * LANES
+
+_FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_VEC = ir.VectorType(_FLOAT, LANES)
+_ZERO = ir.Constant(_VEC, [0.0] * LANES)
+
+
+@intrinsic
+def bits_of(typingctx: Any, x: Any) -> Any:
+    """The 32 bits of a float32 as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx: Any, x: Any) -> Any:
+    """The float32 that has the 32 bits of an int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.int32), codegen
+
+
+@jit(inline="always")
+def exp(x):
+    """e^x in float32, about 1e-7 relative; the argument is held in [-87, 88] (Cephes' polynomial)."""
+    x = F(-87.0) if x < F(-87.0) else x
+    x = F(88.0) if x > F(88.0) else x
+    n = F(np.floor(x * F(1.44269504088896341) + F(0.5)))
+    r = (x - n * F(0.693359375)) - n * F(-2.12194440e-4)
+    p = F(1.9875691500e-4)
+    p = p * r + F(1.3981999507e-3)
+    p = p * r + F(8.3334519073e-3)
+    p = p * r + F(4.1665795894e-2)
+    p = p * r + F(1.6666665459e-1)
+    p = p * r + F(5.0000001201e-1)
+    return (p * (r * r) + r + F(1)) * float_of(np.int32(np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+class _Emit:
+    """Loads, stores and multiply-adds of one vector, over a builder; addresses are int64."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+        name = f"llvm.fmuladd.v{LANES}f32"
+        known = builder.module.globals
+        self._fma = known[name] if name in known else ir.Function(builder.module, ir.FunctionType(_VEC, [_VEC] * 3), name)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        return self.b.call(self._fma, [x, y, z])
+
+    def load(self, address: Any, kind: Any = _VEC) -> Any:
+        value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
+        value.align = 8 if kind is _I64 else 4
+        return value
+
+    def store(self, value: Any, address: Any) -> None:
+        self.b.store(value, self.b.inttoptr(address, _VEC.as_pointer())).align = 4
+
+    def broadcast(self, address: Any) -> Any:
+        undefined = ir.Constant(_VEC, ir.Undefined)
+        one = self.b.insert_element(undefined, self.load(address, _FLOAT), _I32(0))
+        return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+    def plus(self, address: Any, offset: int) -> Any:
+        return self.b.add(address, _I64(offset))
+
+    def pair(self, address: Any) -> list:
+        return [self.load(address), self.load(self.plus(address, 4 * LANES))]
+
+    def loop(self, count: Any, carry: list, body: Any) -> list:
+        """``for i in range(count): carry = body(i, carry)``, for count >= 1; returns the last carry."""
+        before, inside = self.b.block, self.b.function.append_basic_block("loop")
+        self.b.branch(inside)
+        self.b.position_at_end(inside)
+        i = self.b.phi(_I64)
+        i.add_incoming(_I64(0), before)
+        phis = [self.b.phi(c.type) for c in carry]
+        for phi, c in zip(phis, carry, strict=True):
+            phi.add_incoming(c, before)
+        result = body(i, phis)
+        after = self.b.add(i, _I64(1))
+        last = self.b.block
+        i.add_incoming(after, last)
+        for phi, c in zip(phis, result, strict=True):
+            phi.add_incoming(c, last)
+        done = self.b.function.append_basic_block("done")
+        self.b.cbranch(self.b.icmp_unsigned("<", after, count), inside, done)
+        self.b.position_at_end(done)
+        return result
+
+    def products(self, left: list, right: Any, sums: list) -> list:
+        """``sums[2m + v] += left[m] * right[v]``: one step of a tile; ``left`` holds addresses of single floats."""
+        pair = self.pair(right)
+        return [self.fma(x, pair[v], sums[2 * m + v]) for m, a in enumerate(left) for x in (self.broadcast(a),) for v in (0, 1)]
+
+
+@intrinsic
+def _row_tile(
+    typingctx: Any, rows: Any, stride: Any, taps: Any, depth: Any, panel: Any, first: Any, out: Any, offset: Any
+) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, stride, taps, depth, panel, first, out, offset = args
+        e = _Emit(builder)
+        start = e.pair(first)
+
+        def tap(t: Any, carry: list) -> list:
+            table = builder.add(rows, builder.mul(t, stride))
+            left = [e.load(e.plus(table, 8 * m), _I64) for m in range(ROWS)]
+
+            def body(k: Any, inner: list) -> list:
+                at = builder.mul(k, _I64(4))
+                sums = e.products([builder.add(a, at) for a in left], inner[0], inner[1:])
+                return [e.plus(inner[0], 4 * COLS), *sums]
+
+            return e.loop(depth, carry, body)
+
+        sums = e.loop(taps, [panel, *(start * ROWS)], tap)[1:]
+        for m in range(ROWS):
+            row = builder.add(e.load(e.plus(out, 8 * m), _I64), offset)
+            e.store(sums[2 * m], row)
+            e.store(sums[2 * m + 1], e.plus(row, 4 * LANES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+@intrinsic
+def _column_tile(typingctx: Any, rows: Any, offset: Any, depth: Any, panel: Any, sums: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, offset, depth, panel, sums = args
+        e = _Emit(builder)
+
+        def body(k: Any, carry: list) -> list:
+            left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)
+            made = e.products([e.plus(left, 4 * m) for m in range(NARROW)], carry[0], carry[1:])
+            return [e.plus(carry[0], 4 * COLS), *made]
+
+        made = e.loop(depth, [panel, *([_ZERO] * (2 * NARROW))], body)[1:]
+        for i, v in enumerate(made):
+            at = e.plus(sums, 4 * LANES * i)
+            e.store(builder.fadd(e.load(at), v), at)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@jit
+def row_tile(rows, stride, taps, depth, panel, first, out, offset):
+    """out[m][offset:] = first + Σ_t Σ_k rows[t][m][k]·panel[t][k] for ROWS rows of COLS sums.
+
+    ``rows`` is a table of row addresses, ``stride`` bytes from tap to tap; ``panel`` (taps, depth, COLS) is packed; ``first``
+    holds COLS floats; ``out`` is a table of ROWS addresses. ``taps`` and ``depth`` are at least 1. All are addresses or numbers.
+    """
+    _row_tile(rows, stride, taps, depth, panel, first, out, offset)
+
+
+@jit
+def column_tile(rows, offset, depth, panel, sums):
+    """sums[m] += Σ_k rows[k][offset:][m]·panel[k] for NARROW rows of COLS packed sums; ``rows`` is a table of addresses."""
+    _column_tile(rows, offset, depth, panel, sums)

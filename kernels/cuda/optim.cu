@@ -1,0 +1,100 @@
+// The optimiser over flat buffers: the global norm (two stages, so that the order of the sum is fixed) and AdamW with the running average.
+#include "common.cuh"
+
+// The sum over a block of 256 threads, on thread 0.
+__device__ __forceinline__ double block_sum(double v) {
+  __shared__ double part[8];
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+  __syncthreads();
+  return warp_sum(threadIdx.x < 8 ? part[threadIdx.x] : 0.0);
+}
+
+// Call body.run<N>(i) for every i = 0, N, 2N, ... and body.run<1>(i) for the n % N elements that are left.
+template <int N, class Body> __device__ __forceinline__ void for_each(int64 n, Body& body) {
+  int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64)gridDim.x * blockDim.x;
+  for (int64 i = N * thread; i + N <= n; i += N * threads) body.template run<N>(i);
+  if (N > 1 && thread < n % N) body.template run<1>(n - n % N + thread);
+}
+
+struct Squares {
+  const float* x;
+  double total;
+
+  template <int N> __device__ __forceinline__ void run(int64 i) {
+    float v[N];
+    load<N>(v, x + i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) total = fma((double)v[k], (double)v[k], total);
+  }
+};
+
+template <int N> __device__ __forceinline__ void squares(const float* x, double* parts, int64 n) {
+  Squares body{x, 0.0};
+  for_each<N>(n, body);
+  double total = block_sum(body.total);
+  if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(256) squares_wide(const float* __restrict__ x, double* __restrict__ parts, int64 n) {
+  squares<4>(x, parts, n);
+}
+
+extern "C" __global__ void __launch_bounds__(256) squares_any(const float* __restrict__ x, double* __restrict__ parts, int64 n) {
+  squares<1>(x, parts, n);
+}
+
+// One block: the sum of n parts.
+extern "C" __global__ void __launch_bounds__(256) sum_parts(const double* __restrict__ parts, double* __restrict__ out, int n) {
+  double total = 0.0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) total += parts[i];
+  total = block_sum(total);
+  if (threadIdx.x == 0) out[0] = total;
+}
+
+// keep = 1 - lr weight_decay, rate = lr / (1 - beta1^step), bias2 = 1 - beta2^step; rest1, rest2, rest = 1 - beta1, 1 - beta2, 1 - decay
+struct Adam {
+  float *param, *m, *v, *ema;
+  const float* grad;
+  float factor, beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest;
+
+  template <int N> __device__ __forceinline__ void run(int64 i) {
+    float ps[N], gs[N], ms[N], vs[N], es[N];
+    load<N>(ps, param + i);
+    load<N>(gs, grad + i);
+    load<N>(ms, m + i);
+    load<N>(vs, v + i);
+    load<N>(es, ema + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      float g = gs[j] * factor;
+      ms[j] = fmaf(beta1, ms[j], rest1 * g);
+      vs[j] = fmaf(beta2, vs[j], rest2 * g * g);
+      ps[j] = fmaf(keep, ps[j], -rate * (ms[j] / (sqrtf(vs[j] / bias2) + eps)));
+      es[j] = fmaf(decay, es[j], rest * ps[j]);
+    }
+    save<N>(param + i, ps);
+    save<N>(m + i, ms);
+    save<N>(v + i, vs);
+    save<N>(ema + i, es);
+  }
+};
+
+// min(1, max_norm / (sqrt(norm_sq) + 1e-6)); a norm that is not a number must show
+__device__ __forceinline__ float clip_factor(const double* norm_sq, float max_norm) {
+  if (!norm_sq) return 1.0f;
+  float ratio = (float)(max_norm / (sqrt(*norm_sq) + 1e-6));
+  return ratio >= 1.0f ? 1.0f : ratio;
+}
+
+#define ADAMW(name, N)                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(256)                                                                             \
+      name(float* __restrict__ param, const float* __restrict__ grad, float* __restrict__ m, float* __restrict__ v,             \
+           float* __restrict__ ema, const double* __restrict__ norm_sq, float max_norm, int64 n, float beta1, float rest1,      \
+           float beta2, float rest2, float eps, float keep, float rate, float bias2, float decay, float rest) {                 \
+    Adam body{param, m, v, ema, grad, clip_factor(norm_sq, max_norm), beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest}; \
+    for_each<N>(n, body);                                                                                                       \
+  }
+
+ADAMW(adamw_wide, 4)
+ADAMW(adamw_any, 1)

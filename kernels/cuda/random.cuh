@@ -1,0 +1,88 @@
+// Standard normals from Philox4x32-10 with the same bits on every machine. Only integer operations and multiplications, additions and
+// square roots that are each rounded once are used: no fused multiply-add, no library function, no subnormal number.
+//
+// Element e of a sample takes word (e / 256) % 4 of counter (256 (e / 1024) + e % 256, sample, step, stream). A thread makes four
+// neighbouring counters, so its 16 normals are four neighbours in each of four runs of 256.
+
+const int RUN = 256;         // elements of one counter word that lie side by side
+const int BLOCK = 4 * RUN;   // elements made by RUN counters
+
+struct Draw {                // what a normal depends on besides the sample and the element
+  unsigned seed_low, seed_high, step, stream;
+};
+
+__device__ __forceinline__ uint4 philox(uint4 counter, unsigned key0, unsigned key1) {
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    unsigned high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
+    unsigned high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;
+    counter = make_uint4(high1 ^ counter.y ^ key0, low1, high0 ^ counter.w ^ key1, low0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+__device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+
+// -2 ln u with u = (r / 256 + 1) 2^-24 in (0, 1]
+__device__ __forceinline__ float minus_2_log(unsigned r) {
+  unsigned bits = __float_as_uint((float)((r >> 8) + 1u)) - 0x3F3504F3u;
+  float q = (float)((int)(bits >> 23) - 24);
+  float x = add(__uint_as_float((bits & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);  // u = 2^q (1 + x), sqrt(1/2) <= 1 + x < sqrt(2)
+  float y = add(mul(7.0376836292e-2f, x), -1.1514610310e-1f);
+  y = add(mul(y, x), 1.1676998740e-1f);
+  y = add(mul(y, x), -1.2420140846e-1f);
+  y = add(mul(y, x), 1.4249322787e-1f);
+  y = add(mul(y, x), -1.6668057665e-1f);
+  y = add(mul(y, x), 2.0000714765e-1f);
+  y = add(mul(y, x), -2.4999993993e-1f);
+  y = add(mul(y, x), 3.3333331174e-1f);
+  float z = mul(x, x);
+  y = mul(mul(y, x), z);
+  y = add(y, mul(q, -2.12194440e-4f));
+  y = add(y, mul(-0.5f, z));
+  return mul(-2.0f, add(add(x, y), mul(q, 0.693359375f)));
+}
+
+// (cos, sin) of a uniform angle: the octant from the top 3 bits of r, the angle in it from the next 24
+__device__ __forceinline__ float2 cos_sin(unsigned r) {
+  float t = mul((float)((r >> 5) & 0xFFFFFFu), 4.681462e-8f);  // [0, pi/4)
+  float z = mul(t, t);
+  float s = add(mul(-1.9515295891e-4f, z), 8.3321608736e-3f);
+  s = add(mul(s, z), -1.6666654611e-1f);
+  s = add(mul(mul(s, z), t), t);
+  float c = add(mul(2.443315711809948e-5f, z), -1.388731625493765e-3f);
+  c = add(mul(c, z), 4.166664568298827e-2f);
+  c = add(add(mul(mul(c, z), z), mul(-0.5f, z)), 1.0f);
+  bool odd = (r >> 29) & 1u;
+  float a = odd ? s : c, b = odd ? c : s;
+  return make_float2((r >> 30) & 1u ? -a : a, (r >> 31) ? -b : b);
+}
+
+// The 16 normals of one thread: z[word][i] belongs to element 1024 (lane / 64) + 256 word + 4 (lane % 64) + i of the sample.
+__device__ __forceinline__ void normals16(float (&z)[4][4], const Draw& draw, unsigned sample, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint4 r = philox(make_uint4(4u * lane + i, sample, draw.step, draw.stream), draw.seed_low, draw.seed_high);
+    float radius0 = __fsqrt_rn(minus_2_log(r.x)), radius1 = __fsqrt_rn(minus_2_log(r.z));
+    float2 angle0 = cos_sin(r.y), angle1 = cos_sin(r.w);
+    z[0][i] = mul(radius0, angle0.x);
+    z[1][i] = mul(radius0, angle0.y);
+    z[2][i] = mul(radius1, angle1.x);
+    z[3][i] = mul(radius1, angle1.y);
+  }
+}
+
+// The walk over (sample, lane): a sample of `size` elements has `lanes` = 64 (size / 1024) + min(64, ceil(size % 1024 / 4)) lanes.
+struct Walk {
+  int sample, lane, first;   // first: the lane's first element in run 0
+  int64 base;                // where the sample begins
+  __device__ __forceinline__ Walk(int item, int lanes, int size) {
+    sample = item / lanes;
+    lane = item - sample * lanes;
+    first = BLOCK * (lane >> 6) + 4 * (lane & 63);
+    base = (int64)sample * size;
+  }
+};
