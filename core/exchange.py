@@ -1,0 +1,61 @@
+"""The doors of the elementwise functions: arrays of other libraries, and values gathered by time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from ..kernels.arrays import array_module, is_foreign, is_native, native, restore
+
+Array = Any
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exchanged(f: Callable[P, R]) -> Callable[P, R]:
+    """``f`` for arrays of any library that speaks DLPack: NumPy or CuPy inside, the caller's kind of array back."""
+
+    @functools.wraps(f)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        kind = next((v for v in (*args, *kwargs.values()) if is_foreign(v)), None)
+        if kind is None:
+            return f(*args, **kwargs)
+        result: Any = f(*map(native, args), **{k: native(v) for k, v in kwargs.items()})
+        return tuple(restore(r, kind) for r in result) if isinstance(result, tuple) else restore(result, kind)
+
+    return call
+
+
+def check_times(t: Any, low: int, high: int, batch: int | None = None) -> Any:
+    """``t`` as an int or as a (B,) integer array, all in low..high (an array on a GPU is not read)."""
+    t = native(t)
+    if not is_native(t):
+        t = np.asarray(t)
+    if t.dtype.kind not in "iu":
+        raise TypeError(f"t must be an int or an array of integers, not {t.dtype}")
+    if t.ndim == 0:
+        t = int(t)
+        if not low <= t <= high:
+            raise ValueError(f"t must be in {low}..{high}, not {t}")
+        return t
+    if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
+        raise ValueError(f"t must be an int or have shape ({'B' if batch is None else batch},), not {t.shape}")
+    if isinstance(t, np.ndarray) and t.size and not (low <= t.min() and t.max() <= high):
+        raise ValueError(f"t must be in {low}..{high}, not {t.min()}..{t.max()}")
+    return t
+
+
+def lift(values: Any, x: Array) -> Any:
+    """Per-sample float64 values as factors of ``x``: a float, or an array (B, 1, …) of the library and dtype of ``x``."""
+    if np.ndim(values) == 0:
+        return float(values)
+    return array_module(x).asarray(values).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def column(values: np.ndarray, t: Any, x: Array, low: int = 0) -> Any:
+    """``values[t]`` (values of length T+1) as a factor of ``x``; t an int or (B,) integers in low..T."""
+    t = check_times(t, low, len(values) - 1, x.shape[0] if x.ndim else None)
+    if isinstance(t, int):
+        return float(values[t])
+    return lift(array_module(t).asarray(values)[t], x)

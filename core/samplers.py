@@ -1,0 +1,121 @@
+"""The one sampler loop. What is sampled, and how, stands in the table (:mod:`alphabar.core.tables`)."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..kernels import streams
+from ..kernels.arrays import array_module, is_native, native, restore
+from .exchange import Array
+from .table import Table
+
+Model = Callable[[Array, Array], Array]
+
+
+def prior(shape: tuple[int, ...], seed: int = 0, first_sample: int = 0, dtype: Any = np.float32, xp: ModuleType = np) -> Array:
+    """x_T ~ N(0, I) of ``shape`` (B, …), a NumPy array or with ``xp=cupy`` a CuPy one. Eq: S0-C12, S2-C8.
+
+    Sample k depends on (seed, first_sample + k) alone, so a batch may be split in any way. The values are float32 in every dtype.
+    """
+    return kernels.normals(xp.empty(shape, dtype), seed, step=0, stream=streams.PRIOR, first_sample=first_sample)
+
+
+def sample(
+    model: Model,
+    table: Table,
+    x_T: Array,
+    seed: int = 0,
+    noise: Array | None = None,
+    clip: tuple[float, float] | None = None,
+    rederive_eps: bool = True,
+    trajectory: bool = False,
+    first_sample: int = 0,
+    guidance: Callable[[Array, Array], Array] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Array:
+    """Run ``table`` from x_T, one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
+
+    model: gets the state (to read, not to keep: it is overwritten) and the time t as a (B,) array, int64, or float64 where the
+        table stops between whole times; returns a new array like the state, of the kind ``table.prediction``.
+    x_T (B, …): float array of NumPy, CuPy or any library with ``__dlpack__``; it is not changed, and the answer is of its kind.
+    seed, first_sample: row i of sample k draws noise from (seed, i, first_sample + k) and from nothing else.
+    noise: (rows, *x_T.shape) to use instead; rows at the end that the table gives no noise may be missing.
+    clip: (low, high) bounds of the predicted x0; ε is then re-derived from it unless ``rederive_eps`` is False.
+    trajectory: return every state, (rows + 1, *x_T.shape), x_T first, instead of the last one.
+    guidance: guidance(x, t) returns a gradient to add to the model's score, e.g. w·∇ log p(c|x_t). Eq: S0-E33.
+    progress: called as progress(rows done, rows).
+
+    Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
+    """
+    x = native(x_T)
+    if not is_native(x) or x.dtype.kind != "f":
+        raise TypeError(f"x_T must be a float array, not {f'of {x.dtype}' if is_native(x) else type(x).__name__}")
+    if x.ndim < 1:
+        raise ValueError("x_T must have a batch axis, not shape ()")
+    xp = array_module(x)
+    x = x.copy(order="C")
+    given = None if noise is None else _noise(native(noise), table, x)
+    rows, times, past = table.rows(clip is not None, rederive_eps), table.times, table.past
+    depth = int(past.max())
+    kept_as_is = clip is None and table.prediction == table.history
+    buffers = [xp.empty_like(x) for _ in range(0 if kept_as_is else min(depth + 1, len(table)) if depth else 0)]
+    on_output = table.guidance_on_output()
+    states = xp.empty((len(table) + 1, *x.shape), x.dtype) if trajectory else None
+    if states is not None:
+        states[0] = x
+    history: tuple[Array, ...] = ()
+    for i in range(len(table)):
+        t = restore(xp.full(x.shape[0], times[i]), x_T)
+        state = restore(x, x_T)
+        m = _answer(model(state, t), x, "model")
+        gradient = None if guidance is None else _answer(guidance(state, t), x, "guidance")
+        if gradient is not None and (depth or clip is not None):  # the stored and the bounded x0 must be guided too
+            m, gradient = m + float(on_output[i]) * gradient, None
+        if depth and kept_as_is:
+            m = _own(m, x, history, xp)
+        z = None if table.c[i] == 0 else True if given is None else given[i]
+        store = buffers[i % len(buffers)] if buffers else None
+        options = {"guidance": gradient, "noise": z, "clip": clip, "seed": seed, "first_sample": first_sample}
+        kernels.step(x, m, rows, i, history[: past[i]], out=x, store=store, **options)
+        if depth:
+            history = (m if store is None else store, *history)[:depth]
+        if states is not None:
+            states[i + 1] = x
+        if progress is not None:
+            progress(i + 1, len(table))
+    return restore(x if states is None else states, x_T)
+
+
+def _answer(value: Any, x: Array, name: str) -> Array:
+    """What ``name`` returned, as a native array like x."""
+    a = native(value)
+    if not is_native(a):
+        raise TypeError(f"{name} must return an array, not {type(value).__name__}")
+    if a.shape != x.shape or a.dtype != x.dtype:
+        raise ValueError(
+            f"{name} must return shape {x.shape}, dtype {x.dtype} like the state, not shape {a.shape}, dtype {a.dtype}"
+        )
+    if array_module(a) is not array_module(x):
+        raise TypeError(f"{name} must return a {array_module(x).__name__} array like the state, not {array_module(a).__name__}")
+    return a
+
+
+def _own(m: Array, x: Array, history: tuple[Array, ...], xp: Any) -> Array:
+    """``m`` fit to be kept: a copy where it shares memory with the state; refused where it overwrote an output kept before."""
+    if any(xp.may_share_memory(m, old) for old in history):
+        raise ValueError("model returned an array that it returned before; this table keeps past outputs: return a new one")
+    return m.copy() if xp.may_share_memory(m, x) else m
+
+
+def _noise(noise: Any, table: Table, x: Array) -> Array:
+    if not is_native(noise):
+        raise TypeError(f"noise must be an array, not {type(noise).__name__}")
+    needed = 1 + int(np.max(np.flatnonzero(table.c), initial=-1))
+    if noise.shape[1:] != x.shape or noise.shape[0] < needed:
+        raise ValueError(f"noise must have shape {(len(table), *x.shape)}, at least {needed} rows of it, not {noise.shape}")
+    if noise.dtype != x.dtype:
+        raise TypeError(f"noise is {noise.dtype}, x_T is {x.dtype}: the dtypes must be equal")
+    return noise
