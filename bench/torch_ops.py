@@ -1,0 +1,318 @@
+"""What PyTorch says and how fast: each kernel of the registry as a PyTorch function with our signature and layouts.
+
+Tensors in, tensors out, any float dtype. Gradients come from autograd. NHWC images are handed on as channels-last views, no copy.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normals(out: Tensor, seed: int, step: int = 0, stream: int = 0, first_sample: int = 0) -> Tensor:
+    """Normals of PyTorch's own generator: other bits, the same law."""
+    return out.normal_(generator=torch.Generator(out.device).manual_seed((seed + step + stream + first_sample) % 2**63))
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    signal: Tensor,
+    noise: Tensor,
+    eps: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 1,
+    first_sample: int = 0,
+    out: Tensor | None = None,
+    eps_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    column = (-1,) + (1,) * (x0.ndim - 1)
+    if eps is None:
+        eps = torch.randn_like(x0)
+    return signal[t].to(x0.dtype).view(column) * x0 + noise[t].to(x0.dtype).view(column) * eps, eps
+
+
+def step(
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    i: int,
+    history: tuple[Tensor, ...] = (),
+    guidance: Tensor | None = None,
+    noise: Any = None,
+    clip: tuple[float, float] | None = None,
+    seed: int = 0,
+    stream: int = 0,
+    first_sample: int = 0,
+    out: Tensor | None = None,
+    store: Tensor | None = None,
+) -> Tensor:
+    p, q, a, b, e, h1, h2, h3, g, c, u, w, r = rows[i].tolist()
+    x0 = p * x + q * m
+    if clip is not None:
+        x0 = x0.clamp(*clip)
+    y = a * x + b * x0 + e * m
+    for h, past in zip((h1, h2, h3), history, strict=False):
+        y = y + h * past
+    if guidance is not None:
+        y = y + g * guidance
+    if noise is True:
+        y = y + c * torch.randn_like(x)
+    elif noise is not None:
+        y = y + c * noise
+    if store is not None:
+        store.copy_(u * x + w * x0 + r * m)
+    return y
+
+
+def _first(x: Tensor) -> Tensor:
+    """(B, ..., C) as (B, C, ...), a view."""
+    return x.movedim(-1, 1)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+class Graph(NamedTuple):
+    """A forward pass that has run, and what its backward pass starts from."""
+
+    y: Tensor
+    leaves: tuple[Tensor, ...]
+    dy: Tensor
+
+    def gradients(self, keep: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.y, self.leaves, self.dy, retain_graph=keep, allow_unused=True, materialize_grads=True)
+
+
+def _graph(f: Callable[..., Tensor], leaves: tuple[Tensor, ...], dy: Tensor) -> Graph:
+    leaves = tuple(a.detach().requires_grad_() for a in leaves)
+    with torch.enable_grad():
+        return Graph(f(*leaves), leaves, dy)
+
+
+def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., Any]]:
+    """Makes ``outputs`` gradients (None for those that do not exist) from the maker of a graph, which is kept as ``graph``."""
+
+    def decorate(build: Callable[..., Graph]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made = build(*args, **kwargs).gradients()
+            return made[0] if outputs == 1 else made + (None,) * (outputs - len(made))
+
+        call.graph = build  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def timed(name: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """A call to be timed: only what a user of PyTorch would run.
+
+    Of a gradient that is the backward pass, over a graph that is built here once; norm and attention keep their statistics to
+    themselves; the norm of a gradient is summed in float32. PyTorch allocates its results: ``out`` is left aside.
+    """
+    op = OPS[name]
+    kwargs.pop("out", None)
+    if hasattr(op, "graph"):
+        graph = op.graph(*args, **kwargs)
+        return lambda: graph.gradients(keep=True)
+    op = {"group_norm_silu": _normed, "attention": _attended, "sum_squares": torch.linalg.vector_norm}.get(name, op)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return op(*args, **kwargs)
+
+    return call
+
+
+def _normed(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    y = _last(torch.group_norm(_first(x), groups, gamma, beta, eps))
+    if scale is not None and shift is not None:
+        places = (x.shape[0],) + (1,) * (x.ndim - 2) + (-1,)
+        y = y * (1 + scale.view(places)) + shift.view(places)
+    return F.silu(y) if silu else y
+
+
+def group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
+    mean = grouped.mean(dim=(1, 3))
+    var = (grouped - mean[:, None, :, None]).square().mean(dim=(1, 3))
+    return _normed(x, gamma, beta, groups, eps, scale, shift, silu), mean, torch.rsqrt(var + eps)
+
+
+@_gradient(5)
+def group_norm_silu_backward(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Graph:
+    """The statistics are made again from x, with ``eps``."""
+    if scale is None or shift is None:
+        return _graph(lambda *z: _normed(*z, groups, eps, None, None, silu), (x, gamma, beta), dy)
+    return _graph(
+        lambda x, gamma, beta, scale, shift: _normed(x, gamma, beta, groups, eps, scale, shift, silu),
+        (x, gamma, beta, scale, shift),
+        dy,
+    )
+
+
+def _convolved(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, upsample: bool, pad: tuple[int, int] | None) -> Tensor:
+    kernel = w.shape[0]
+    before, after = ((kernel - 1) // 2, kernel // 2) if pad is None else pad
+    h = _first(x)
+    if upsample:
+        h = (
+            F.interpolate(h, scale_factor=2, mode="nearest")
+            if h.numel()
+            else h.new_empty(0, h.shape[1], 2 * h.shape[2], 2 * h.shape[3])
+        )
+    if before != after:
+        h, before = F.pad(h, (before, after, before, after)), 0
+    return _last(F.conv2d(h, w.permute(3, 2, 0, 1), bias, stride, before))
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    upsample: bool = False,
+    pad: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    return _convolved(x, w, bias, stride, upsample, pad)
+
+
+@_gradient(1)
+def conv2d_backward_input(
+    dy: Tensor,
+    w: Tensor,
+    input_shape: tuple[int, ...],
+    stride: int = 1,
+    upsample: bool = False,
+    pad: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Graph:
+    return _graph(lambda x: _convolved(x, w, None, stride, upsample, pad), (dy.new_zeros(input_shape),), dy)
+
+
+@_gradient(2)
+def conv2d_backward_weight(
+    x: Tensor,
+    dy: Tensor,
+    kernel: int,
+    stride: int = 1,
+    upsample: bool = False,
+    pad: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Graph:
+    leaves = x.new_zeros(kernel, kernel, x.shape[-1], dy.shape[-1]), x.new_zeros(dy.shape[-1])
+    return _graph(lambda w, bias: _convolved(x, w, bias, stride, upsample, pad), leaves, dy)
+
+
+def _heads(z: Tensor) -> Tensor:
+    return z.transpose(1, 2)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    return _heads(F.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v), scale=scale))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    s = _heads(q) @ _heads(k).transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return _attended(q, k, v, scale), torch.logsumexp(s, dim=-1)
+
+
+@_gradient(3)
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None = None) -> Graph:
+    return _graph(lambda *z: _attended(*z, scale), (q, k, v), do)
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square().reshape(1)
+
+
+def adamw_ema(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    ema: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+    norm_sq: Tensor | None = None,
+    max_norm: float = math.inf,
+) -> None:
+    """PyTorch's fused AdamW, clipping and running average, in place. The step count is the one before this step."""
+    if norm_sq is not None and math.isfinite(max_norm):
+        grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
+    count = torch.tensor(float(step - 1))
+    options = {
+        "amsgrad": False,
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "maximize": False,
+    }
+    torch._fused_adamw_([param], [grad], [m], [v], [], [count + 1], **options)
+    ema.lerp_(param, 1 - ema_decay)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        normals,
+        q_sample,
+        step,
+        group_norm_silu,
+        group_norm_silu_backward,
+        conv2d,
+        conv2d_backward_input,
+        conv2d_backward_weight,
+        attention,
+        attention_backward,
+        sum_squares,
+        adamw_ema,
+    )
+}

@@ -1,0 +1,56 @@
+"""What the README promises: its Python lines run, its commands are understood, its links lead somewhere."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alphabar.tools import config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith(("alphabar ", "python tools/"))
+]
+
+
+def test_the_api_in_twenty_lines() -> None:
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 22
+    assert abs(names["x"].mean() - 0.7) < 0.01 and abs(names["x"].std() - 0.2) < 0.02  # the last table's samples
+
+
+def test_network_lines(tmp_path: Path) -> None:
+    from alphabar import nets
+
+    made = nets.UNet(image_size=16, in_channels=3, channels=(16, 32), blocks=1, groups=8)
+    nets.save_diffusers_unet(made, tmp_path)
+    x = np.zeros((2, 32, 32, 3), np.float32)
+    code = BLOCKS[1].replace("folder-with-config-and-safetensors", str(tmp_path))
+    names: dict = {"x": x, "t": np.array([1, 1000]), "y": np.array([3, 10])}
+    exec(code, names)
+    assert names["eps"].shape == x.shape and names["net"].config["channels"] == [16, 32]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str) -> None:
+    words = shlex.split(command)
+    name, arguments = (words[1], words[2:]) if words[0] == "alphabar" else (Path(words[1]).stem, words[2:])
+    tool = importlib.import_module(f"alphabar.tools.{name.replace('-', '_')}")
+    options = tool._parser().parse_args(arguments)
+    if name == "train":
+        config.load(None, options.set)  # every setting named there exists
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
