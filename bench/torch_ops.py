@@ -182,7 +182,7 @@ def group_norm_silu_backward(
 ) -> Graph:
     """The statistics are made again from x, with ``eps``."""
     if scale is None or shift is None:
-        return _graph(lambda *z: _normed(*z, groups, eps, None, None, silu), (x, gamma, beta), dy)
+        return _graph(lambda x, gamma, beta: _normed(x, gamma, beta, groups, eps, silu=silu), (x, gamma, beta), dy)
     return _graph(
         lambda x, gamma, beta, scale, shift: _normed(x, gamma, beta, groups, eps, scale, shift, silu),
         (x, gamma, beta, scale, shift),
@@ -259,7 +259,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, out: 
 
 @_gradient(3)
 def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None = None) -> Graph:
-    return _graph(lambda *z: _attended(*z, scale), (q, k, v), do)
+    return _graph(lambda q, k, v: _attended(q, k, v, scale), (q, k, v), do)
 
 
 def sum_squares(x: Tensor) -> Tensor:
@@ -282,20 +282,12 @@ def adamw_ema(
     norm_sq: Tensor | None = None,
     max_norm: float = math.inf,
 ) -> None:
-    """PyTorch's fused AdamW, clipping and running average, in place. The step count is the one before this step."""
+    """PyTorch's fused AdamW, clipping and running average, in place."""
     if norm_sq is not None and math.isfinite(max_norm):
         grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
-    count = torch.tensor(float(step - 1))
-    options = {
-        "amsgrad": False,
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "weight_decay": weight_decay,
-        "eps": eps,
-        "maximize": False,
-    }
-    torch._fused_adamw_([param], [grad], [m], [v], [], [count + 1], **options)
+    count = [torch.tensor(float(step))]
+    rates: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
+    torch._fused_adamw_([param], [grad], [m], [v], [], count, **rates, amsgrad=False, maximize=False)
     ema.lerp_(param, 1 - ema_decay)
 
 

@@ -103,9 +103,9 @@ class Dataset:
         """SHA-256 of shape, pixels, labels and class names, as hexadecimal digits."""
         digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
         for start in range(0, len(self), 4096):
-            digest.update(np.ascontiguousarray(self.images[start : start + 4096]))
+            digest.update(np.ascontiguousarray(self.images[start : start + 4096]).data)
         if self.labels is not None:
-            digest.update(self.labels.astype("<i8"))
+            digest.update(self.labels.astype("<i8").data)
         return digest.hexdigest()
 
     def batch(self, step: int, size: int, seed: int = 0, flip: bool = False) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

@@ -1,6 +1,6 @@
 """What the README promises: its Python lines run, its commands are understood, its links lead somewhere."""
 
-import importlib
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alphabar.tools import config
+from alphabar.tools import cli, config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,13 +41,21 @@ def test_network_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command: str) -> None:
+def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(BaseException):
+        pass
+
+    def parse(self: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+        raise Parsed(original(self, arguments))
+
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     words = shlex.split(command)
-    name, arguments = (words[1], words[2:]) if words[0] == "alphabar" else (Path(words[1]).stem, words[2:])
-    tool = importlib.import_module(f"alphabar.tools.{name.replace('-', '_')}")
-    options = tool._parser().parse_args(arguments)
-    if name == "train":
-        config.load(None, options.set)  # every setting named there exists
+    arguments = words[1:] if words[0] == "alphabar" else [Path(words[1]).stem.replace("_", "-"), *words[2:]]
+    with pytest.raises(Parsed) as parsed:
+        cli.main(arguments)
+    if arguments[0] == "train":
+        config.load(None, parsed.value.args[0].set)  # every setting named there exists
 
 
 def test_links_and_pictures_exist() -> None:

@@ -38,10 +38,8 @@ def _axis(kernel, before, stride, upsample, backward):
         reads = [[((phase + u - before) // period, u) for u in range(kernel)] for phase in range(period)]
     classes = []
     for phase in reads:
-        taps: dict[int, list[int]] = {}
-        for shift, u in phase:
-            taps.setdefault(shift, []).append(u)
-        classes.append(dict(sorted(taps.items())))
+        shifts = sorted({shift for shift, _ in phase})
+        classes.append({shift: [u for at, u in phase if at == shift] for shift in shifts})
     return period, step, classes
 
 

@@ -10,12 +10,11 @@ from . import threads  # noqa: F401  sets the number of threads before Numba is 
 import numba
 
 
-def _forget_stale() -> None:
-    """Numba looks at the age of a function's own file only; what it took from other files here may have changed since."""
-    here = Path(__file__).parent
+def forget_stale(folder: Path) -> None:
+    """Drop code compiled before a source in ``folder`` changed: Numba looks at a function's own file only."""
     with contextlib.suppress(OSError):
-        newest = max(p.stat().st_mtime for p in here.glob("*.py"))
-        for index in (here / "__pycache__").glob("*.nbi"):
+        newest = max((p.stat().st_mtime for p in folder.glob("*.py")), default=0)
+        for index in (folder / "__pycache__").glob("*.nbi"):
             if index.stat().st_mtime < newest:
                 index.unlink(missing_ok=True)
 
@@ -29,6 +28,6 @@ def _can_cache() -> bool:
     return True
 
 
-_forget_stale()
+forget_stale(Path(__file__).parent)
 jit = functools.partial(numba.njit, cache=_can_cache(), error_model="numpy")
 loops = functools.partial(jit, parallel=True)

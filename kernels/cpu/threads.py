@@ -3,12 +3,13 @@
 import os
 import sys
 
-# Measured on the kernels of a small U-Net (8x8 and 4x4 maps, batch 128) with two cores:
+# Measured on the kernels of a small U-Net (8x8 and 4x4 maps, batch 128) with two cores, 2.7 ms a round:
 # - The kernels carry their own matrix products, so Numba's OpenMP pool does all the heavy work. An OpenBLAS worker spins for some
-#   20 ms after each product and takes the core that the OpenMP worker needs: BLAS is held to one thread.
+#   20 ms after each product and takes the core that the OpenMP worker needs (8.6 ms a round): BLAS is held to one thread.
 # - libgomp spins for about 6 ms at the end of a loop before it sleeps. Where another process holds a core, the spinning thread
-#   keeps its partner from running, and a loop of 50 microseconds takes 8 ms. Spinning for some 20 microseconds avoids that.
-SPIN = 1000
+#   keeps its partner from running (16 to 160 ms a round). Spinning for 60 microseconds avoids most of that (8.5 ms) and costs
+#   nothing on idle cores; not to spin at all costs a third there.
+SPIN = 3000
 
 
 def available() -> int:
@@ -42,7 +43,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import numba  # noqa: E402
 import threadpoolctl  # noqa: E402
 
-numba.set_num_threads(min(_wanted, numba.config.NUMBA_NUM_THREADS))
+numba.set_num_threads(min(_wanted, numba.get_num_threads()))
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
 threads = numba.get_num_threads  # how many workers the next parallel loop has; read at each call

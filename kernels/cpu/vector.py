@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import types
+from numba.core import config, types
 from numba.extending import intrinsic
 
 from .jit import jit
@@ -17,6 +17,12 @@ F = np.float32
 
 
 def _features() -> dict[str, bool]:
+    """What the machine can do that code is made for: the host, or the one that Numba's own settings name."""
+    named, features = (getattr(config, k) for k in ("CPU_NAME", "CPU_FEATURES"))  # set when Numba reads its environment
+    if features is not None:
+        return {f[1:]: True for f in features.split(",") if f.startswith("+")}
+    if named is not None:
+        return {}
     try:
         return dict(binding.get_host_cpu_features())
     except RuntimeError:

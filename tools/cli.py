@@ -1,0 +1,41 @@
+"""`alphabar`: the commands under one name."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import alphabar
+
+COMMANDS = {
+    "train": ("alphabar.tools.train", "train a model; with no argument, on handwritten digits"),
+    "sample": ("alphabar.tools.sample", "draw images from a checkpoint"),
+    "make-dataset": ("alphabar.tools.make_dataset", "make a data set from a folder of images or from IDX files"),
+    "info": ("alphabar.tools.info", "tell what a checkpoint, a data set or a run holds"),
+    "gpu-check": ("alphabar.tools.gpu_check", "try everything on this machine's GPU"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `alphabar COMMAND …`; returns the exit code: 0, or 2 after a mistake in the arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if first in ("--version", "-V"):
+        print(f"alphabar {alphabar.__version__}")
+        return 0
+    if first in ("--help", "-h", "help"):
+        print("usage: alphabar COMMAND …   (alphabar COMMAND --help shows its options; alphabar --version)\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:<13} {what}")
+        return 0 if arguments else 2
+    if first not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(first, COMMANDS, 1)
+        hint = f"the nearest is {near[0]!r}" if near else f"the commands are {', '.join(COMMANDS)}"
+        print(f"alphabar: error: unknown command {first[:80]!r}; {hint}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[first][0]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,230 @@
+"""The settings of a training run: typed defaults, a TOML file over them, `--set key=value` over both."""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or out of range."""
+
+
+def _setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its range: low ≤ value ≤ high, or one of the choices."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = _setting("digits")  # a built-in name or an HDF5 file
+    split: str = _setting("train", choices=("train", "test", "all"))
+    flip: bool = _setting(False)  # mirror half of the images left to right
+
+
+@dataclass(frozen=True)
+class Model:
+    channels: tuple[int, ...] = _setting((32, 64), 1, 8192)  # one entry for each resolution
+    blocks: int = _setting(2, 1, 16)  # residual blocks at each resolution
+    attention: tuple[int, ...] = _setting((4,), 1, 8192)  # resolutions with self-attention
+    groups: int = _setting(8, 1, 1024)
+    dropout: float = _setting(0.0, 0.0, 0.99)
+    scale_shift: bool = _setting(False)
+    conditional: bool = _setting(True)  # learn the classes, where the data have labels
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    schedule: str = _setting("linear", choices=("linear", "scaled_linear", "cosine", "sigmoid"))
+    T: int = _setting(1000, 1, 1_000_000)
+    rescale: bool = _setting(False)  # multiply the betas by 1000/T, so that T is no change of the process
+    prediction: str = _setting("eps", choices=("eps", "x0", "v"))
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = _setting(2000, 1, 10**9)
+    batch: int = _setting(128, 1, 1 << 20)
+    lr: float = _setting(2e-3, 0.0, 10.0)
+    warmup: int = _setting(100, 0, 10**9)  # steps; never more than a fifth of all
+    decay: str = _setting("cosine", choices=("cosine", "linear", "constant"))
+    weighting: str = _setting("simple", choices=("simple", "min_snr"))
+    weight_decay: float = _setting(0.0, 0.0, 10.0)
+    clip: float = _setting(1.0, 0.0)  # global norm of the gradient; 0 = no clipping
+    ema: float = _setting(0.999, 0.0, 0.999999)
+    p_uncond: float = _setting(0.1, 0.0, 1.0)
+    seed: int = _setting(0, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = _setting(20, 1, 10**9)  # steps between two lines of metrics.jsonl
+    samples: int = _setting(500, 0, 10**9)  # steps between two preview sheets; 0 = none
+    checkpoints: int = _setting(500, 1, 10**9)  # steps between two checkpoints
+    keep: int = _setting(3, 1, 10**6)  # checkpoints that stay
+
+
+@dataclass(frozen=True)
+class Sample:
+    sampler: str = _setting("ddim", choices=("ddim", "ddpm", "euler", "heun", "dpm++", "ab"))
+    steps: int = _setting(50, 1, 1_000_000)
+    eta: float = _setting(0.0, 0.0, 1.0)
+    guidance: float = _setting(1.0, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
+    columns: int = _setting(8, 1, 1000)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    train: Train = field(default_factory=Train)
+    log: Log = field(default_factory=Log)
+    sample: Sample = field(default_factory=Sample)
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
+TYPES: dict[str, Any] = {f"{s}.{k}": t for s, cls in SECTIONS.items() for k, t in get_type_hints(cls).items()}
+RANGES: dict[str, Any] = {f"{s}.{f.name}": f.metadata for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple[int, ...]: "whole numbers"}
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested values, for JSON and TOML."""
+    nested = dataclasses.asdict(config)
+    return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in nested.items()}
+
+
+def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """``base`` (the defaults) with the settings of nested tables {section: {key: value}} over it."""
+    flat: dict[str, Any] = {}
+    for section, table in values.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{section} must be a table of settings such as [train]" if section in SECTIONS else _unknown(section)
+            )
+        flat |= {f"{section}.{key}": value for key, value in table.items()}
+    return _with(base or Config(), flat)
+
+
+def from_file(path: str | os.PathLike[str], base: Config | None = None) -> Config:
+    """``base`` with the settings of a TOML file over it."""
+    try:
+        with open(path, "rb") as f:
+            values = tomllib.load(f)
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: not valid TOML ({e})") from e
+    try:
+        return from_dict(values, base)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def from_words(words: Iterable[str], base: Config | None = None) -> Config:
+    """``base`` with settings written `section.key=value` over it; the later of two equal keys wins."""
+    flat = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"a setting is written section.key=value, not {word!r}")
+        if key not in TYPES:
+            raise ConfigError(_unknown(key))
+        flat[key] = _parse(key, text.strip())
+    return _with(base or Config(), flat)
+
+
+def to_toml(config: Config) -> str:
+    """The text of a TOML file that gives this configuration back."""
+    lines: list[str] = []
+    for section, values in to_dict(config).items():
+        lines += [*([""] if lines else []), f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+def _with(config: Config, flat: Mapping[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        if key not in TYPES:
+            raise ConfigError(_unknown(key))
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = _checked(key, value)
+    changed = {s: dataclasses.replace(getattr(config, s), **values) for s, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def _unknown(key: str) -> str:
+    key = key[:80]
+    leaves = [k for k in TYPES if k.partition(".")[2] == key.rpartition(".")[2]]
+    near = leaves[:1] or difflib.get_close_matches(key, TYPES, 1, 0.5)
+    near = near or [k for k in TYPES if difflib.get_close_matches(key.rpartition(".")[2], [k.partition(".")[2]], 1, 0.5)][:1]
+    return f"unknown setting {key!r}; " + (f"the nearest is {near[0]!r}" if near else f"the sections are {', '.join(SECTIONS)}")
+
+
+def _parse(key: str, text: str) -> Any:
+    """The value that a text means for the type of ``key``."""
+    kind = TYPES[key]
+    try:
+        if kind is str:
+            return text
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int or kind is float:
+            return kind(text)
+        return tuple(int(part) for part in text.strip("[]()").split(",") if part.strip())
+    except (ValueError, KeyError):
+        raise ConfigError(f"{key} must be {WORDS[kind]}, not {text!r}") from None
+
+
+def _checked(key: str, value: Any) -> Any:
+    """``value`` in the type of ``key`` and inside its range."""
+    kind, rule = TYPES[key], RANGES[key]
+    wrong = ConfigError(f"{key} must be {WORDS[kind]}, not {value!r}")
+    if kind == tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+            raise wrong
+        value = tuple(value)
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
+            raise wrong
+        value = float(value)
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
+    if rule["choices"] and value not in rule["choices"]:
+        near = difflib.get_close_matches(value, rule["choices"], 1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ConfigError(f"{key} must be one of {', '.join(rule['choices'])}, not {value!r}{hint}")
+    low, high = rule["low"], rule["high"]
+    for v in value if isinstance(value, tuple) else (value,):
+        if (low is not None and v < low) or (high is not None and v > high):
+            limits = f"at least {low}" if high is None else f"in {low}..{high}"
+            raise ConfigError(f"{key} must be {limits}, not {v}")
+    if key == "model.channels" and not value:
+        raise ConfigError("model.channels must hold at least one number")
+    if kind is str and not value.isprintable():
+        raise ConfigError(f"{key} must be printable text, not {value!r}")
+    return value
+
+
+def load(file: str | Path | None, words: Iterable[str], base: Config | None = None) -> Config:
+    """The configuration of a run: ``base`` or the defaults, then a TOML file, then the settings of the command line."""
+    config = base or Config()
+    if file is not None:
+        config = from_file(file, config)
+    return from_words(words, config)

@@ -1,0 +1,93 @@
+"""`alphabar info`: what a checkpoint, a data set or a run folder holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alphabar.core import data
+from alphabar.nets import checkpoint
+from alphabar.tools import runs
+from alphabar.tools.command import Parser, program
+
+
+@program("info")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Describe a file or a folder; returns the exit code."""
+    parser = Parser(prog="alphabar info", description=__doc__)
+    parser.add_argument("path", help=f"checkpoint, HDF5 data set, run folder, or built-in data set: {', '.join(data.BUILT_IN)}")
+    path = Path(parser.parse_args(argv).path)
+    if str(path) in data.BUILT_IN or not (path.is_dir() or _is_checkpoint(path)):
+        lines = _dataset(path)
+    else:
+        lines = _run(path) if path.is_dir() else _checkpoint(*runs.read(path))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with open(path, "rb") as f:
+            f.seek(-len(checkpoint.MAGIC), 2)
+            return f.read() == checkpoint.MAGIC
+    except OSError:
+        return False
+
+
+def _dataset(path: Path) -> list[tuple[str, Any]]:
+    everything = data.load(path, "all")
+    lines: list[tuple[str, Any]] = [
+        ("data set", everything.name),
+        ("images", f"{len(everything):,} of {_by(everything.shape)}, uint8"),
+    ]
+    try:
+        test = len(data.load(path, "test", memory=0))
+    except data.DataError:
+        test = 0
+    lines.append(("split", f"{len(everything) - test:,} train, {test:,} test"))
+    if everything.labels is not None:
+        counts = np.bincount(everything.labels, minlength=len(everything.classes))
+        lines += [
+            (f"class {k}", f"{name}: {count:,}") for k, (name, count) in enumerate(zip(everything.classes, counts, strict=True))
+        ]
+    return [*lines, ("sha256", everything.sha256)]
+
+
+def _checkpoint(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> list[tuple[str, Any]]:
+    groups: dict[str, list[np.ndarray]] = {}
+    for name, a in arrays.items():
+        groups.setdefault(name.partition("/")[0], []).append(a)
+    lines: list[tuple[str, Any]] = [("checkpoint", path), ("kind", meta.get("kind")), ("step", f"{meta.get('step', 0):,}")]
+    lines += [(f"{g}/", f"{len(of):,} arrays, {sum(a.size for a in of):,} numbers") for g, of in groups.items()]
+    for key in ("seed", "alphabar", "error", "data", "model", "config"):
+        if isinstance(value := meta.get(key), dict):
+            lines += [(f"{key}.{name}", _plain(v)) for name, v in value.items()]
+        elif value is not None:
+            lines.append((key, value))
+    return lines
+
+
+def _run(path: Path) -> list[tuple[str, Any]]:
+    lines: list[tuple[str, Any]] = [("run", path)]
+    if written := runs.metrics(path):
+        last = written[-1]
+        lines.append(("metrics", f"{len(written):,} lines, loss {last['loss']:.4f} at step {last['step']:,}"))
+    lines.append(("checkpoints", ", ".join(f"{step:,}" for step, _ in checkpoint.listing(path / "ckpt")) or "none"))
+    return [*lines, *_checkpoint(*runs.read(path))]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

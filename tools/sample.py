@@ -1,0 +1,188 @@
+"""`alphabar sample`: draw images from a trained checkpoint, to HDF5 and PNG."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alphabar.nets.checkpoint import CheckpointError
+from alphabar.nets.unet import UNet
+from alphabar.tools import config as configs
+from alphabar.tools import dataset_file, pictures, runs, sampling
+from alphabar.tools.command import Failure, Parser, UserError, device, from_environment, integer, program, real
+from alphabar.tools.config import Config
+from alphabar.tools.progress import Progress
+from alphabar.tools.trainer import check_kind, load_weights, schedule
+
+EXAMPLES = """examples:
+  alphabar sample runs/digits-001                                    64 images, every class in turn
+  alphabar sample runs/digits-001 --class 3 --n 16 --out threes.png
+  alphabar sample runs/digits-001/ckpt/step_00002000.h5 --n 1000 --steps 50 --class all --out digits.h5
+  alphabar sample runs/digits-001 --sampler dpm++ --steps 12 --guidance 0.5
+Image k follows from the seed, k and its class alone: --batch and --n change none of the others.
+"""
+ROWS, COLUMNS = 20, 20  # of a sheet, at most
+
+
+@program("sample")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw samples; returns the exit code."""
+    options = _parser().parse_args(argv)
+    xp, where = device(options.device)
+    outputs = _outputs(options.out)
+    path, net, config, classes, step = _network(options, xp)
+    labels = _labels(options.classes, classes, options.n)
+    s = config.sample
+    sampler, steps = options.sampler or s.sampler, options.steps or s.steps
+    eta = options.eta if options.eta is not None else s.eta if sampler == s.sampler else 0.0
+    weight = s.guidance if options.guidance is None else options.guidance
+    if labels is None:
+        if options.guidance:
+            raise UserError("--guidance needs classes to guide to" + ("" if classes else ", and this network has none"))
+        weight = 0.0
+    noise = schedule(config.diffusion)
+    try:
+        table = sampling.table(noise, sampler, steps, eta, config.diffusion.prediction, options.spacing)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    names = [classes[k] for k in dict.fromkeys(labels.tolist())] if labels is not None else []
+    chosen = _shown(labels, options.n)
+    kept: dict[int, np.ndarray] = {}
+
+    def blocks(bar: Progress) -> Iterator[np.ndarray]:
+        at = 0
+        for block in sampling.draw(net, table, labels, options.n, options.seed, weight, options.batch, bar.advance):
+            kept.update({k: block[k - at] for k in chosen if at <= k < at + len(block)} if ".png" in outputs else {})
+            at += len(block)
+            yield block
+
+    attributes = {
+        "checkpoint": path.name,
+        "step": step,
+        "weights": "raw" if options.raw_weights else "average",
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": weight,
+        "seed": options.seed,
+        "clip": "x0 to [-1, 1], eps re-derived",
+    }
+    columns = {} if labels is None else {"labels": labels.astype(np.uint8 if len(classes) <= 256 else np.int32)}
+    shape = (options.n, *net.config["image_size"], net.config["out_channels"])
+    try:
+        with Progress("sampling", options.n * len(table), 0, options.quiet, "image step") as bar:
+            if ".h5" in outputs:
+                dataset_file.write(outputs[".h5"], shape, blocks(bar), columns, classes, attributes)
+            else:
+                for _ in blocks(bar):
+                    pass
+        if ".png" in outputs:
+            title = f"{path.name}, {sampler} {steps} steps" + (f", w = {weight:g}" if names else "") + f", seed {options.seed}"
+            tiles = np.stack([kept[k] for k in chosen])
+            width = len(chosen) // min(len(names), ROWS) if names else min(COLUMNS, len(chosen))
+            pictures.write(pictures.sheet(tiles, width, names[:ROWS], title), outputs[".png"])
+    except OSError as e:
+        raise Failure(f"the samples could not be written ({e.strerror or e})") from e
+    except ValueError as e:
+        raise Failure(f"no samples could be drawn: {e}") from e
+    if not options.quiet:
+        for suffix, out in outputs.items():
+            shown = f"{len(chosen):,} of them, " if suffix == ".png" and len(chosen) < options.n else ""
+            print(f"wrote {out}: {options.n:,} images {'×'.join(map(str, shape[1:]))}, {shown}on {where}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="alphabar sample", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, run folder (its newest one) or folder of runs")
+    parser.add_argument("--sampler", choices=tuple(sampling.SAMPLERS), help="default: the run's, ddim")
+    parser.add_argument("--steps", type=integer(1, 10**6), help="default: the run's, 50")
+    parser.add_argument("--eta", type=real(0, 1), help="0 is deterministic DDIM, 1 is ancestral (ddim only)")
+    parser.add_argument(
+        "--spacing", choices=("leading", "linspace", "trailing", "quadratic"), help="of the times; default: the sampler's"
+    )
+    parser.add_argument(
+        "--guidance", type=real(-1, 1000), metavar="W", help="w in (1 + w)·eps_c - w·eps_u: 0 is none; default: the run's"
+    )
+    parser.add_argument(
+        "--class", dest="classes", default="all", help="all (in turn), none, or numbers or names such as 3 or 1,4"
+    )
+    parser.add_argument("--n", type=integer(1, 10**9), default=64, help="number of images (default 64)")
+    parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0)
+    parser.add_argument("--batch", type=integer(1, 1 << 20), default=64, help="images at a time: changes speed and memory only")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=".h5 or .png, once for each; default: samples.h5 and samples.png",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--raw-weights", action="store_true", help="the last weights instead of their running average")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+def _outputs(given: list[Path] | None) -> dict[str, Path]:
+    outputs: dict[str, Path] = {}
+    for path in given or [Path("samples.h5"), Path("samples.png")]:
+        suffix = path.suffix.lower()
+        if suffix not in (".h5", ".png"):
+            raise UserError(f"--out must end in .h5 or .png, not {str(path)!r}")
+        if suffix in outputs:
+            raise UserError(f"--out names two {suffix} files")
+        if not path.parent.is_dir():
+            raise UserError(f"--out {path}: there is no folder {path.parent}")
+        outputs[suffix] = path
+    return outputs
+
+
+def _network(options: Any, xp: Any) -> tuple[Path, UNet, Config, tuple[str, ...], int]:
+    """(file, network with its weights, configuration, class names, step) of a checkpoint."""
+    path, arrays, meta = runs.read(options.checkpoint)
+    check_kind(path, meta)
+    try:
+        config = configs.from_dict(meta["config"])
+        net = UNet(**meta["model"], xp=xp)
+        names = tuple(map(str, meta["data"]["classes"]))
+    except (TypeError, ValueError, KeyError, IndexError) as e:
+        if from_environment(e):
+            raise
+        raise CheckpointError(path, f"its network or configuration cannot be built: {e}") from e
+    load_weights(path, net, arrays, "weights" if options.raw_weights else "ema")
+    classes = names if net.config["classes"] is not None else ()
+    if classes and len(classes) != net.config["classes"]:
+        raise CheckpointError(path, f"names {len(classes)} classes, its network has {net.config['classes']}")
+    return path, net, config, classes, meta["step"]
+
+
+def _labels(text: str, classes: tuple[str, ...], n: int) -> np.ndarray | None:
+    """The classes asked for, in turn: label k = asked[k mod len(asked)]; None for no class."""
+    if text == "none" or (text == "all" and not classes):
+        return None
+    if not classes:
+        raise UserError(f"--class {text}: this network has no classes")
+    asked = list(range(len(classes))) if text == "all" else [_class(part.strip(), classes) for part in text.split(",")]
+    return np.resize(np.array(asked, np.int64), n)
+
+
+def _class(text: str, classes: tuple[str, ...]) -> int:
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(classes):
+        return int(text)
+    if text in classes:
+        return classes.index(text)
+    raise UserError(f"--class must be all, none, numbers in 0..{len(classes) - 1} or names of classes, not {text!r}")
+
+
+def _shown(labels: np.ndarray | None, n: int) -> list[int]:
+    """The images on the sheet: a row for each class where there are classes, the first ones otherwise."""
+    if labels is None:
+        return list(range(min(n, ROWS * COLUMNS)))
+    rows = [np.flatnonzero(labels == c) for c in list(dict.fromkeys(labels.tolist()))[:ROWS]]
+    width = min(COLUMNS, *map(len, rows)) if len(rows) > 1 else min(COLUMNS, len(rows[0]))
+    return [int(k) for row in rows for k in row[:width]]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

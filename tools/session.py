@@ -1,0 +1,156 @@
+"""The training loop around the steps: progress, metrics, checkpoints, previews, signals, and what a failure leads to."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alphabar.core.tables import Table
+from alphabar.nets import checkpoint
+from alphabar.tools import pictures, sampling
+from alphabar.tools.command import Failure
+from alphabar.tools.config import ConfigError
+from alphabar.tools.progress import Progress
+from alphabar.tools.runs import Run
+from alphabar.tools.trainer import NotFinite, Step, Trainer
+
+ROWS = 20  # classes on a sheet, at most
+MAX_FAILED_SAVES = 3
+
+
+def sample_table(trainer: Trainer) -> Table:
+    """The sampler that the section [sample] of a trainer's configuration asks for; ConfigError where it cannot be."""
+    s = trainer.config.sample
+    try:
+        return sampling.table(trainer.schedule, s.sampler, s.steps, s.eta, trainer.config.diffusion.prediction)
+    except ValueError as e:
+        raise ConfigError(f"[sample]: {e}") from e
+
+
+class Stop:
+    """SIGINT and SIGTERM as a wish to stop after the step at hand; a second signal changes nothing."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.signal = self.signal or number
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        old = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+
+class Session:
+    """One start of the training program on a run folder: steps, metrics, checkpoints, previews."""
+
+    def __init__(self, trainer: Trainer, run: Run, quiet: bool = False) -> None:
+        self.trainer, self.run, self.quiet = trainer, run, quiet
+        self.log = trainer.config.log
+        self.table = sample_table(trainer)
+        self.failed_saves = 0
+        self.saved = trainer.done if checkpoint.listing(run.checkpoints) else -1
+
+    def attempt(self, what: str, action: Any, *arguments: Any) -> bool:
+        """Do what the training can go on without: an error of the disk becomes a warning."""
+        try:
+            action(*arguments)
+        except OSError as e:
+            print(f"alphabar train: warning: {what} was not written ({e.strerror or e})", file=sys.stderr)
+            return False
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint unless this step has one; Failure when it went wrong too often in a row."""
+        done = self.trainer.done
+        if self.saved == done:
+            return
+        if self.attempt(f"checkpoint of step {done}", self.run.save, *self.trainer.state(), self.log.keep):
+            self.saved, self.failed_saves = done, 0
+            return
+        self.failed_saves += 1
+        if self.failed_saves >= MAX_FAILED_SAVES:
+            raise Failure(
+                f"{self.run.checkpoints}: {self.failed_saves} checkpoints in a row could not be written: stopped at step {done}"
+            )
+
+    def sheet(self, path: Path, progress: Any = None) -> None:
+        """Draw a sheet of samples from the averaged weights: a row for each class."""
+        t, s = self.trainer, self.trainer.config.sample
+        classes = t.data.classes[:ROWS] if t.conditional else ()
+        n = s.columns * (len(classes) or s.columns)
+        labels = np.repeat(np.arange(len(classes)), s.columns) if classes else None
+        try:
+            with t.averaged() as net:
+                blocks = sampling.draw(net, self.table, labels, n, t.config.train.seed, s.guidance, batch=n, progress=progress)
+                images = np.concatenate(list(blocks))
+        except ValueError as e:
+            raise Failure(f"no samples could be drawn: {e}") from e
+        title = f"{self.run.path.name}, step {t.done}: {s.sampler} {s.steps} steps" + (f", w = {s.guidance:g}" if classes else "")
+        self.attempt("a sheet of samples", lambda: pictures.write(pictures.sheet(images, s.columns, classes, title), path))
+
+    def steps(self, stop: Stop) -> None:
+        """Train to the last step, or to the end of the step in which a signal came."""
+        trainer, log, total = self.trainer, self.log, self.trainer.config.train.steps
+        losses: list[float] = []
+        seconds = 0.0
+        with Progress("training", total, trainer.done, self.quiet) as bar:
+            while trainer.done < total and not stop.signal:
+                start = time.perf_counter()
+                step = self.one_step()
+                seconds += time.perf_counter() - start
+                losses.append(step.loss)
+                last = trainer.done == total or bool(stop.signal)
+                if trainer.done % log.every == 0 or last:
+                    record = _record(trainer.done, losses, step, len(losses) * trainer.config.train.batch / seconds)
+                    self.attempt("a line of metrics.jsonl", self.run.log, record)
+                    bar.note(f"loss {record['loss']:.4f}, {record['images_per_s']:,.0f} images/s")
+                    losses, seconds = [], 0.0
+                bar.advance()
+                if trainer.done % log.checkpoints == 0 and not last:
+                    self.save()
+                if log.samples and trainer.done % log.samples == 0 and not last:
+                    self.sheet(self.run.samples / f"step_{trainer.done:08d}.png")
+                    self.attempt("loss.png", self.run.draw_curve)
+        self.save()
+        self.attempt("loss.png", self.run.draw_curve)
+
+    def one_step(self) -> Step:
+        """The next step; where it is not finite the run ends, with its inputs kept for study and no checkpoint touched."""
+        try:
+            return self.trainer.step()
+        except NotFinite as e:
+            path = self.run.path / f"crash_step_{self.trainer.done + 1:08d}.h5"
+            meta = {
+                "kind": "alphabar-crash",
+                "step": self.trainer.done + 1,
+                "seed": self.trainer.config.train.seed,
+                "error": str(e),
+            }
+            self.attempt(path.name, checkpoint.save, path, e.arrays, meta)
+            raise Failure(f"{e}. What it worked on is in {path}; the checkpoints before it are untouched") from e
+
+
+def _record(step: int, losses: list[float], last: Step, speed: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": sum(losses) / len(losses),
+        "grad_norm": last.grad_norm,
+        "lr": last.lr,
+        "images_per_s": round(speed, 1),
+        "time": round(time.time(), 3),
+    }

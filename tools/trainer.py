@@ -1,0 +1,210 @@
+"""One training step, and what of it must be saved: everything random is a function of (seed, step)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+
+import alphabar
+from alphabar import kernels
+from alphabar.core import forward, guidance, losses, schedules
+from alphabar.core.data import Dataset, to_unit
+from alphabar.kernels.arrays import to_numpy
+from alphabar.nets.checkpoint import CheckpointError
+from alphabar.nets.optim import AdamW, learning_rate
+from alphabar.nets.unet import UNet
+from alphabar.tools import config as configs
+from alphabar.tools.command import from_environment
+from alphabar.tools.config import Config, ConfigError, Diffusion
+
+KIND = "alphabar-training"
+MOMENTS = ("m", "v")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step reports."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is NaN or infinite; ``arrays`` hold what the step worked on."""
+
+    def __init__(self, message: str, arrays: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.arrays = arrays
+
+
+def schedule(d: Diffusion) -> schedules.Schedule:
+    """The noise schedule of a configuration."""
+    if d.schedule == "cosine":
+        if d.rescale:
+            raise ConfigError("diffusion.rescale does nothing for the cosine schedule: set it to false")
+        return schedules.cosine(d.T)
+    return getattr(schedules, d.schedule)(d.T, rescale=d.rescale)
+
+
+def network_options(config: Config, data: Dataset) -> dict[str, Any]:
+    """Arguments of the network for this configuration and these data."""
+    m, (height, width, channels) = config.model, data.shape
+    return {
+        "image_size": (height, width),
+        "in_channels": channels,
+        "channels": m.channels,
+        "blocks": m.blocks,
+        "attention": m.attention,
+        "groups": m.groups,
+        "dropout": m.dropout,
+        "scale_shift": m.scale_shift,
+        "classes": len(data.classes) if m.conditional and data.labels is not None else None,
+        "seed": config.train.seed,
+    }
+
+
+class Trainer:
+    """A network, its optimiser and the number of steps made. ``step`` makes the next one."""
+
+    def __init__(self, config: Config, data: Dataset, xp: ModuleType = np) -> None:
+        self.config, self.data, self.xp = config, data, xp
+        self.schedule = schedule(config.diffusion)
+        try:
+            self.net = UNet(**network_options(config, data), xp=xp)
+        except ValueError as e:
+            if from_environment(e):
+                raise
+            raise ConfigError(f"these settings make no network for images of {data.shape[0]}×{data.shape[1]}: {e}") from e
+        t = config.train
+        self.optimiser = AdamW(
+            self.net.params, weight_decay=t.weight_decay, max_norm=t.clip if t.clip else math.inf, ema_decay=t.ema
+        )
+        self.pool = kernels.Pool()
+        self.signal, self.noise = xp.asarray(self.schedule.signal), xp.asarray(self.schedule.noise)
+        self.done = 0
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network knows classes."""
+        return self.net.config["classes"] is not None
+
+    def step(self) -> Step:
+        """x0 from the data, t ~ U{1..T}, ε ~ N(0, I); one AdamW step on ∇‖target − network(x_t, t, y)‖². Eq: S1-A1, S4-A1.
+
+        Raises NotFinite, with the weights as they were, where the loss or the gradient is not finite.
+        """
+        t, xp, k = self.config.train, self.xp, self.done
+        with self.pool:
+            images, labels, rows = self.data.batch(k, t.batch, t.seed, self.config.data.flip)
+            x0 = to_unit(xp.asarray(images))
+            times = forward.random_times(t.batch, self.schedule, t.seed, k)
+            x_t, eps = kernels.q_sample(x0, xp.asarray(times), self.signal, self.noise, seed=t.seed, step=k)
+            y = None
+            if self.conditional:
+                y = xp.asarray(guidance.drop_condition(labels, self.net.null, t.p_uncond, t.seed, k))
+            output = self.net(x_t, times, y, step=k)
+            target = forward.training_target(x0, eps, times, self.schedule, self.config.diffusion.prediction)
+            value, gradient = losses.weighted_loss(output.data, target, self._weight(times))
+            loss = float(value.mean())
+            if not math.isfinite(loss):
+                self._stop(f"the loss is {loss}", rows, times, {"x_t": x_t, "output": output.data, "loss": value}, False)
+            self.net.params.zero_grad()
+            output.backward(gradient)
+            lr = learning_rate(k, t.lr, min(t.warmup, t.steps // 5), t.steps, t.decay)
+            norm = self.optimiser.step(lr)
+            if not math.isfinite(norm):
+                self._stop(f"the norm of the gradient is {norm}", rows, times, {"x_t": x_t, "output": output.data}, True)
+        self.done += 1
+        return Step(loss, norm, lr)
+
+    def _weight(self, times: np.ndarray) -> Any:
+        if self.config.train.weighting == "simple":
+            return None
+        return self.xp.asarray(losses.min_snr_weight(times, self.schedule, prediction=self.config.diffusion.prediction))
+
+    def _stop(self, what: str, rows: np.ndarray, times: np.ndarray, arrays: dict[str, Any], with_gradient: bool) -> NoReturn:
+        named = {"step/x_t": arrays["x_t"], **{f"weights/{n}": a for n, a in self.net.params.arrays().items()}}
+        named |= {f"step/{n}": a for n, a in arrays.items()}
+        if with_gradient:
+            named |= {f"gradient/{n}": a for n, a in self.net.params.gradients().items()}
+        kept = {n: to_numpy(a).copy() for n, a in named.items()}  # in the order of computation
+        bad = next((n for n, a in kept.items() if not np.isfinite(a).all()), None)
+        raise NotFinite(
+            f"step {self.done + 1}: {what} (seed {self.config.train.seed}; images {', '.join(map(str, rows[:8]))}, …"
+            + (f"; the first array that is not finite is {bad})" if bad else ")"),
+            {**kept, "step/rows": rows, "step/t": times},
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays, meta) of a checkpoint: weights, running average, moments by parameter, and all that the rest follows from."""
+        store, saved = self.net.params, self.optimiser.state()
+        arrays = {f"weights/{n}": a for n, a in store.arrays().items()}
+        for group, flat in saved.items():
+            with store.using(flat):
+                arrays |= {f"{group}/{n}": a for n, a in store.arrays().items()}
+        meta = {
+            "kind": KIND,
+            "alphabar": alphabar.__version__,
+            "step": self.done,
+            "seed": self.config.train.seed,
+            "config": configs.to_dict(self.config),
+            "model": self.net.config,
+            "optimiser": {"count": self.optimiser.count, "skipped": self.optimiser.skipped},
+            "data": {
+                "name": self.data.name,
+                "sha256": self.data.sha256,
+                "shape": list(self.data.shape),
+                "classes": list(self.data.classes),
+            },
+        }
+        return arrays, meta
+
+    def restore(self, path: Any, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Take up the state of a checkpoint of the same network and data. CheckpointError names what does not fit."""
+        check_data(path, meta, self.data)
+        load_weights(path, self.net, arrays, "weights")
+        moments = self.optimiser.state()
+        for group, flat in moments.items():
+            with self.net.params.using(flat):
+                load_weights(path, self.net, arrays, group)
+        self.optimiser.load_state(moments, meta["optimiser"]["count"], meta["optimiser"]["skipped"])
+        self.done = meta["step"]
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """Within the block the network has the averaged weights."""
+        with self.net.params.using(self.optimiser.ema):
+            yield self.net
+
+
+def check_kind(path: Any, meta: Mapping[str, Any]) -> None:
+    """CheckpointError unless ``meta`` is that of a training checkpoint, with every entry of its type."""
+    wanted = {"step": int, "seed": int, "config": dict, "model": dict, "optimiser": dict, "data": dict}
+    if meta.get("kind") != KIND:
+        raise CheckpointError(path, f"is of kind {meta.get('kind')!r}, want {KIND!r}")
+    for key, kind in wanted.items():
+        if not isinstance(meta.get(key), kind):
+            raise CheckpointError(path, f"its meta data lack {key!r}")
+
+
+def check_data(path: Any, meta: Mapping[str, Any], data: Dataset) -> None:
+    """CheckpointError unless ``meta`` is that of a training checkpoint made with these data."""
+    check_kind(path, meta)
+    if meta["data"].get("sha256") != data.sha256:
+        raise CheckpointError(path, f"was trained on other data ({meta['data'].get('name')}) than {data.name}")
+
+
+def load_weights(path: Any, net: UNet, arrays: Mapping[str, Any], group: str) -> None:
+    """Copy one group of a checkpoint's arrays into a network's parameters. CheckpointError names what does not fit."""
+    chosen = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith(f"{group}/")}
+    try:
+        net.params.load(chosen)
+    except ValueError as e:
+        raise CheckpointError(path, f"its {group} do not fit the network: {e}") from e
