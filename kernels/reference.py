@@ -75,7 +75,7 @@ def cos_sin(r: Array) -> tuple[Array, Array]:
     xp = array_module(r)
     f32 = xp.float32
     octant = r >> xp.uint32(29)
-    t = ((r >> xp.uint32(5)) & xp.uint32(0xFFFFFF)).astype(f32) * f32(4.681462e-8)  # [0, π/4)
+    t = ((r >> xp.uint32(5)) & xp.uint32(0xFFFFFF)).astype(f32) * f32(4.6813379e-8)  # π/4·2⁻²⁴: [0, π/4)
     z = t * t
     s = f32(-1.9515295891e-4) * z + f32(8.3321608736e-3)
     s = s * z + f32(-1.6666654611e-1)

@@ -65,7 +65,7 @@ def test_normals_follow_from_the_words() -> None:
             cos, sin = (np.sin(angle), np.cos(angle)) if octant & 1 else (np.cos(angle), np.sin(angle))
             direction = (-sin if octant & 4 else sin) if half else (-cos if octant & 2 else cos)
             want = np.sqrt(-2 * np.log(((r >> 8) + 1) * 2.0**-24)) * direction
-            assert abs(z[n, e] - want) < 5e-5 * (1 + abs(want))  # the unit of the angle is π/4·2⁻²⁴ to 2.7e-5
+            assert abs(z[n, e] - want) < 2e-6 * (1 + abs(want))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -52,7 +52,7 @@ def _radius(r):
 def _cos_sin(r):
     """(cos θ, sin θ) of the word r: octant from its top 3 bits, angle in it from the next 24."""
     o = U(r >> U(29))
-    t = F(U(U(r >> U(5)) & U(0xFFFFFF))) * F(4.681462e-8)
+    t = F(U(U(r >> U(5)) & U(0xFFFFFF))) * F(4.6813379e-8)
     z = t * t
     s = F(-1.9515295891e-4) * z + F(8.3321608736e-3)
     s = s * z + F(-1.6666654611e-1)

@@ -48,7 +48,7 @@ __device__ __forceinline__ float minus_2_log(unsigned r) {
 
 // (cos, sin) of a uniform angle: the octant from the top 3 bits of r, the angle in it from the next 24
 __device__ __forceinline__ float2 cos_sin(unsigned r) {
-  float t = mul((float)((r >> 5) & 0xFFFFFFu), 4.681462e-8f);  // [0, pi/4)
+  float t = mul((float)((r >> 5) & 0xFFFFFFu), 4.6813379e-8f);  // [0, pi/4)
   float z = mul(t, t);
   float s = add(mul(-1.9515295891e-4f, z), 8.3321608736e-3f);
   s = add(mul(s, z), -1.6666654611e-1f);
