@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alphabar import kernels
-from alphabar.kernels import TABLE, reference
-from bench import report, timing
+torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")  # before our kernels set their OpenMP pool up
 
-torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
-
-from bench import torch_ops  # noqa: E402  (imports torch)
+from alphabar import kernels  # noqa: E402
+from alphabar.kernels import TABLE, reference  # noqa: E402
+from bench import report, timing, torch_ops  # noqa: E402
 
 CLOCK = timing.Clock()
 CASES = [(name, i) for name, k in TABLE.items() for i in range(len(k.benches))]
@@ -91,16 +89,16 @@ def test_kernel(name: str, i: int, benchmark: Any, request: pytest.FixtureReques
     case = dict(TABLE[name].benches[i])
     args, kwargs = arguments(name, case, np.float32, made=True)
     t_args, t_kwargs = tuple(map(to_torch, args)), {k: to_torch(v) for k, v in kwargs.items()}
-    pool, ours, theirs = kernels.Pool(), getattr(kernels, name), torch_ops.OPS[name]
+    pool, ours = kernels.Pool(), getattr(kernels, name)
 
     def alphabar() -> None:
         with pool:
             ours(*args, **kwargs)
 
-    contestants: dict[str, Callable[[], object]] = {"torch": lambda: theirs(*t_args, **t_kwargs)}
+    contestants: dict[str, Callable[[], object]] = {"torch": torch_ops.timed(name, t_args, t_kwargs)}
     if request.config.getoption("--compiled"):
-        compiled = torch.compile(theirs, dynamic=False)
-        contestants["compiled"] = lambda: compiled(*t_args, **t_kwargs)
+        torch.compiler.reset()
+        contestants["compiled"] = torch_ops.timed(name, t_args, t_kwargs, compiled=True)
     calls = {k: timing.calls_per_batch(f) for k, f in contestants.items()}
     batches: dict[str, list[tuple[float, bool]]] = {k: [] for k in (*contestants, "alphabar")}
     ours_calls = timing.calls_per_batch(alphabar)

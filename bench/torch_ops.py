@@ -82,6 +82,7 @@ def _last(x: Tensor) -> Tensor:
 class Graph(NamedTuple):
     """A forward pass that has run, and what its backward pass starts from."""
 
+    f: Callable[..., Tensor]
     y: Tensor
     leaves: tuple[Tensor, ...]
     dy: Tensor
@@ -93,7 +94,7 @@ class Graph(NamedTuple):
 def _graph(f: Callable[..., Tensor], leaves: tuple[Tensor, ...], dy: Tensor) -> Graph:
     leaves = tuple(a.detach().requires_grad_() for a in leaves)
     with torch.enable_grad():
-        return Graph(f(*leaves), leaves, dy)
+        return Graph(f, f(*leaves), leaves, dy)
 
 
 def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., Any]]:
@@ -111,24 +112,58 @@ def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., An
     return decorate
 
 
-def timed(name: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-    """A call to be timed: only what a user of PyTorch would run.
+def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False) -> Callable[[], Any]:
+    """A call to be timed: only what a user of PyTorch would run, as it stands or through torch.compile.
 
     Of a gradient that is the backward pass, over a graph that is built here once; norm and attention keep their statistics to
-    themselves; the norm of a gradient is summed in float32. PyTorch allocates its results: ``out`` is left aside.
+    themselves; the coefficients of a sampler step are folded; the norm of a gradient is summed in float32. PyTorch allocates its
+    results: ``out`` is left aside.
     """
     op = OPS[name]
-    kwargs.pop("out", None)
+    kwargs = {k: v for k, v in kwargs.items() if k != "out"}
     if hasattr(op, "graph"):
         graph = op.graph(*args, **kwargs)
+        if compiled:
+            torch._functorch.config.donated_buffer = False  # the graph is gone through more than once
+            graph = _graph(torch.compile(graph.f, dynamic=False), graph.leaves, graph.dy)
         return lambda: graph.gradients(keep=True)
     op = {"group_norm_silu": _normed, "attention": _attended, "sum_squares": torch.linalg.vector_norm}.get(name, op)
+    if name == "step":
+        op, args = _stepped, (*args[:2], args[2][args[3]].tolist())
+    if compiled:
+        op = torch.compile(op, dynamic=False)
 
     def call() -> Any:
         with torch.no_grad():
             return op(*args, **kwargs)
 
     return call
+
+
+def _stepped(
+    x: Tensor,
+    m: Tensor,
+    row: list[float],
+    history: tuple[Tensor, ...] = (),
+    noise: Any = None,
+    clip: tuple[float, float] | None = None,
+    store: Tensor | None = None,
+    **rest: Any,
+) -> Tensor:
+    """:func:`step` without guidance as a user would write it: x0 is not formed where nothing needs it."""
+    p, q, a, b, e, h1, h2, h3, _, c, u, w, r = row
+    if clip is None:
+        y = (a + b * p) * x + (e + b * q) * m
+    else:
+        x0 = (p * x + q * m).clamp(*clip)
+        y = a * x + b * x0 + e * m
+    for h, past in zip((h1, h2, h3), history, strict=False):
+        y = y + h * past
+    if noise is not None:
+        y = y + c * (torch.randn_like(x) if noise is True else noise)
+    if store is not None:
+        store.copy_((u + w * p) * x + (r + w * q) * m if clip is None else u * x + w * x0 + r * m)
+    return y
 
 
 def _normed(
@@ -285,7 +320,7 @@ def adamw_ema(
     """PyTorch's fused AdamW, clipping and running average, in place."""
     if norm_sq is not None and math.isfinite(max_norm):
         grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
-    count = [torch.tensor(float(step))]
+    count = [torch.tensor(float(step), device=param.device)]
     rates: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
     torch._fused_adamw_([param], [grad], [m], [v], [], count, **rates, amsgrad=False, maximize=False)
     ema.lerp_(param, 1 - ema_decay)
