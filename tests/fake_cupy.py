@@ -53,6 +53,9 @@ class ndarray:
     def __len__(self) -> int:
         return len(self.host)
 
+    def __bool__(self) -> bool:
+        return bool(self.host)
+
     def __float__(self) -> float:
         return float(self.host)
 

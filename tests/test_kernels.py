@@ -4,7 +4,7 @@ Truth is the definition run in float64 on the float32 arguments. The budget is t
 units in the last place where PyTorch has more luck than that.
 """
 
-import importlib.util
+import importlib
 import inspect
 import os
 import subprocess
@@ -28,7 +28,6 @@ cpu = pytest.importorskip("alphabar.kernels.cpu")
 FACTOR = 2.0
 FLOOR = 4 * 2.0**-24  # relative, of the norm
 BITS = ("normals", "q_sample", "step")  # the same bits as the definition, not only the same value
-ROOT = Path(__file__).parents[1]
 
 CASES = [pytest.param(name, case, id=f"{name}-{i}") for name, k in TABLE.items() for i, case in enumerate(k.tests)]
 
@@ -84,10 +83,7 @@ def same_bits(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
 def torch_call() -> Any:
     """A kernel's call in PyTorch, on NumPy arguments. Noise made in a kernel is handed over: PyTorch has other bits."""
     torch = pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("torch_ops", ROOT / "bench" / "torch_ops.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("bench.torch_ops")
 
     def call(name: str, args: tuple, kwargs: dict[str, Any]) -> list[np.ndarray]:
         kwargs = dict(kwargs)

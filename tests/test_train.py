@@ -19,10 +19,12 @@ import pytest
 from PIL import Image
 
 from alphabar import kernels
-from alphabar.core import losses
+from alphabar.core import data, losses
+from alphabar.kernels.arrays import to_numpy
 from alphabar.nets import checkpoint
 from alphabar.tools import config as configs
-from alphabar.tools import runs, train, trainer
+from alphabar.tools import runs, sampling, train, trainer
+from tests import fake_cupy
 
 SETTINGS = {
     "model.channels": "8",
@@ -461,3 +463,22 @@ def test_as_a_script_it_is_the_same_program(tmp_path: Path) -> None:
     for command in ([str(Path(train.__file__))], ["-m", "alphabar.tools.cli", "train"]):
         out = subprocess.run([sys.executable, *command, "--set", "a=b"], capture_output=True, text=True, cwd=tmp_path)
         assert out.returncode == 2 and out.stderr.startswith("alphabar train: error: unknown setting 'a'")
+
+
+def test_training_and_sampling_on_arrays_that_refuse_numpy(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that runs on a GPU, on a CuPy that is as strict as the real one: the same bits as on NumPy."""
+    cupy = fake_cupy.cupy
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    settings = [f"{k}={v}" for k, v in SETTINGS.items()] + ["model.channels=8,16", "train.weighting=min_snr", "data.flip=true"]
+
+    def run(xp: Any) -> tuple[Any, ...]:
+        made = trainer.Trainer(configs.load(None, settings), data.load("digits"), xp)
+        losses = [made.step().loss for _ in range(3)]
+        arrays, _ = made.state()
+        rows = sampling.table(made.schedule, "dpm++", 4)
+        with made.averaged() as net:
+            images = list(sampling.draw(net, rows, np.arange(5), 5, seed=1, weight=1.0, batch=3))
+        return np.array(losses), *map(to_numpy, arrays.values()), *images
+
+    for there, here in zip(run(cupy), run(np), strict=True):
+        np.testing.assert_array_equal(there, here)

@@ -1,6 +1,6 @@
 """The U-Net against stored outputs of diffusers, diffusers itself, a functional PyTorch U-Net, and its own promises."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from alphabar.nets import (
     no_grad,
     save_diffusers_unet,
 )
+from tests import fake_cupy
 
 DATA = Path(__file__).parent / "data"
 JSON, WEIGHTS = DATA / "unet_default.json", DATA / "unet_default.safetensors"
@@ -52,15 +53,6 @@ def arguments(net: UNet, batch: int = 3, seed: int = 0) -> tuple[np.ndarray, np.
     x = rng.standard_normal((batch, *c["image_size"], c["in_channels"])).astype(c["dtype"])
     y = None if c["classes"] is None else rng.integers(0, c["classes"] + c["null_class"], batch)
     return x, rng.integers(1, 1001, batch), y
-
-
-def neighbour(name: str) -> ModuleType:
-    """A module of this folder, by path: the folder is not on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------- diffusers, stored
@@ -227,7 +219,7 @@ def test_outputs_are_those_of_diffusers(name: str, tmp_path: Path, monkeypatch: 
 @pytest.fixture(scope="module")
 def torch_unet() -> ModuleType:
     pytest.importorskip("torch", reason="PyTorch is the oracle here")
-    return neighbour("torch_unet")
+    return importlib.import_module("tests.torch_unet")
 
 
 NETS: dict[str, dict[str, Any]] = {
@@ -529,7 +521,7 @@ def test_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"scale_shift": True, "dropout": 0.2}])
 def test_the_same_code_runs_on_arrays_that_refuse_numpy(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = neighbour("fake_cupy").cupy
+    cupy = fake_cupy.cupy
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 
     def train(net: UNet) -> list[np.ndarray]:
