@@ -62,7 +62,7 @@ def test_without_options_both_files_come(run: Path, capsys: pytest.CaptureFixtur
     assert min(Image.open("samples.png").size) > 100
     with h5py.File("samples.h5") as f:
         stated = dict(f.attrs)
-    assert stated["sampler"] == "ddim" and stated["steps"] == 4 and stated["guidance"] == 1.0 and stated["step"] == 6
+    assert stated["sampler"] == "ddim" and stated["steps"] == 4 and stated["guidance"] == 0.5 and stated["step"] == 6
     assert stated["checkpoint"] == "step_00000006.h5" and stated["weights"] == "average" and stated["seed"] == 0
 
 

@@ -47,7 +47,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = _setting(2000, 1, 10**9)
+    steps: int = _setting(1500, 1, 10**9)
     batch: int = _setting(128, 1, 1 << 20)
     lr: float = _setting(2e-3, 0.0, 10.0)
     warmup: int = _setting(100, 0, 10**9)  # steps; never more than a fifth of all
@@ -73,7 +73,7 @@ class Sample:
     sampler: str = _setting("ddim", choices=("ddim", "ddpm", "euler", "heun", "dpm++", "ab"))
     steps: int = _setting(50, 1, 1_000_000)
     eta: float = _setting(0.0, 0.0, 1.0)
-    guidance: float = _setting(1.0, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
+    guidance: float = _setting(0.5, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
     columns: int = _setting(8, 1, 1000)
 
 

@@ -18,7 +18,7 @@ from alphabar.tools.trainer import check_kind, load_weights, schedule
 EXAMPLES = """examples:
   alphabar sample runs/digits-001                                    64 images, every class in turn
   alphabar sample runs/digits-001 --class 3 --n 16 --out threes.png
-  alphabar sample runs/digits-001/ckpt/step_00002000.h5 --n 1000 --steps 50 --class all --out digits.h5
+  alphabar sample runs/digits-001/ckpt/step_00001500.h5 --n 1000 --steps 50 --class all --out digits.h5
   alphabar sample runs/digits-001 --sampler dpm++ --steps 12 --guidance 0.5
 Image k follows from the seed, k and its class alone: --batch and --n change none of the others.
 """
