@@ -62,3 +62,9 @@ def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_the_table_is_what_was_measured() -> None:
+    measured = (ROOT / "bench" / "results" / "cpu-kernels.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in README.splitlines() if line.startswith("|")]
+    assert len(shown) > 10 and set(shown) <= set(measured)
