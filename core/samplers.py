@@ -39,7 +39,7 @@ def sample(
     """Run ``table`` from x_T, one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
 
     model: gets the state (to read, not to keep: it is overwritten) and the time t as a (B,) array, int64, or float64 where the
-        table stops between whole times; returns a new array like the state, of the kind ``table.prediction``.
+        table stops between whole times; returns an array like the state, of the kind ``table.prediction``.
     x_T (B, …): float array of NumPy, CuPy or any library with ``__dlpack__``; it is not changed, and the answer is of its kind.
     seed, first_sample: row i of sample k draws noise from (seed, i, first_sample + k) and from nothing else.
     noise: (rows, *x_T.shape) to use instead; rows at the end that the table gives no noise may be missing.
@@ -60,8 +60,7 @@ def sample(
     given = None if noise is None else _noise(native(noise), table, x)
     rows, times, past = table.rows(clip is not None, rederive_eps), table.times, table.past
     depth = int(past.max())
-    kept_as_is = clip is None and table.prediction == table.history
-    buffers = [xp.empty_like(x) for _ in range(0 if kept_as_is else min(depth + 1, len(table)) if depth else 0)]
+    ring = [xp.empty_like(x) for _ in range(depth)]  # the kernel may write what it keeps over the oldest that it reads
     on_output = table.guidance_on_output()
     states = xp.empty((len(table) + 1, *x.shape), x.dtype) if trajectory else None
     if states is not None:
@@ -74,14 +73,12 @@ def sample(
         gradient = None if guidance is None else _answer(guidance(state, t), x, "guidance")
         if gradient is not None and (depth or clip is not None):  # the stored and the bounded x0 must be guided too
             m, gradient = m + float(on_output[i]) * gradient, None
-        if depth and kept_as_is:
-            m = _own(m, x, history, xp)
         z = None if table.c[i] == 0 else True if given is None else given[i]
-        store = buffers[i % len(buffers)] if buffers else None
+        store = ring[i % depth] if depth else None
         options = {"guidance": gradient, "noise": z, "clip": clip, "seed": seed, "first_sample": first_sample}
         kernels.step(x, m, rows, i, history[: past[i]], out=x, store=store, **options)
-        if depth:
-            history = (m if store is None else store, *history)[:depth]
+        if store is not None:
+            history = (store, *history)[:depth]
         if states is not None:
             states[i + 1] = x
         if progress is not None:
@@ -101,13 +98,6 @@ def _answer(value: Any, x: Array, name: str) -> Array:
     if array_module(a) is not array_module(x):
         raise TypeError(f"{name} must return a {array_module(x).__name__} array like the state, not {array_module(a).__name__}")
     return a
-
-
-def _own(m: Array, x: Array, history: tuple[Array, ...], xp: Any) -> Array:
-    """``m`` fit to be kept: a copy where it shares memory with the state; refused where it overwrote an output kept before."""
-    if any(xp.may_share_memory(m, old) for old in history):
-        raise ValueError("model returned an array that it returned before; this table keeps past outputs: return a new one")
-    return m.copy() if xp.may_share_memory(m, x) else m
 
 
 def _noise(noise: Any, table: Table, x: Array) -> Array:

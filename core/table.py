@@ -143,7 +143,9 @@ class Table:
         out |= {"h1": self.H[:, 0], "h2": self.H[:, 1], "h3": self.H[:, 2], "c": self.c}
         on_x0 = np.divide(self.noise**2, self.signal, out=np.zeros(len(self)), where=self.signal != 0)
         out["g"] = self.B0 * on_x0 - self.Be * self.noise
-        return np.stack([out[name] for name in ROW], axis=1)
+        rows = np.stack([out[name] for name in ROW], axis=1)
+        rows.setflags(write=False)  # so that a GPU may keep a copy for as long as the rows live
+        return rows
 
 
 def table(

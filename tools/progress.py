@@ -16,7 +16,7 @@ class Progress:
         self._bar: Any = None
         self._note = ""
         self._first = done
-        self._start = self._shown = time.monotonic()
+        self._start = self._begun = self._shown = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if not self.quiet and sys.stderr.isatty():
@@ -40,8 +40,12 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
 
     def advance(self, by: int = 1) -> None:
-        """Count ``by`` more as done."""
+        """Count ``by`` more as done. The first one is left out of the speed: kernels are compiled in it."""
         self.done += by
+        if self.done - by == self._first:
+            self._first, self._begun = self.done, time.monotonic()
+            if self._bar is not None:
+                self._bar.unpause()
         if self._bar is not None:
             self._bar.update(by)
         elif not self.quiet and time.monotonic() - self._shown > EVERY:
@@ -49,11 +53,11 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        gone = time.monotonic() - self._start
-        left = gone / max(1, self.done - self._first) * (self.total - self.done)
+        now, counted = time.monotonic(), self.done - self._first
+        left = f", {(now - self._begun) / counted * (self.total - self.done):.0f} s left" if counted else ""
         note = f", {self._note}" if self._note else ""
         print(
-            f"{self.name} {self.done:,}/{self.total:,} {self.unit}s, {gone:.0f} s, {left:.0f} s left{note}",
+            f"{self.name} {self.done:,}/{self.total:,} {self.unit}s, {now - self._start:.0f} s{left}{note}",
             file=sys.stderr,
             flush=True,
         )
