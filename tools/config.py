@@ -30,7 +30,7 @@ class Data:
 class Model:
     channels: tuple[int, ...] = _setting((32, 64), 1, 8192)  # one entry for each resolution
     blocks: int = _setting(2, 1, 16)  # residual blocks at each resolution
-    attention: tuple[int, ...] = _setting((4,), 1, 8192)  # resolutions with self-attention
+    attention: tuple[int, ...] = _setting((0,), 0, 8192)  # sides of images with self-attention; 0 is the lowest resolution
     groups: int = _setting(8, 1, 1024)
     dropout: float = _setting(0.0, 0.0, 0.99)
     scale_shift: bool = _setting(False)

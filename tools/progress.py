@@ -16,7 +16,8 @@ class Progress:
         self._bar: Any = None
         self._note = ""
         self._first = done
-        self._start = self._begun = self._shown = time.monotonic()
+        self._begun: float | None = None
+        self._start = self._shown = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if not self.quiet and sys.stderr.isatty():
@@ -42,7 +43,7 @@ class Progress:
     def advance(self, by: int = 1) -> None:
         """Count ``by`` more as done. The first one is left out of the speed: kernels are compiled in it."""
         self.done += by
-        if self.done - by == self._first:
+        if self._begun is None:
             self._first, self._begun = self.done, time.monotonic()
             if self._bar is not None:
                 self._bar.unpause()
@@ -53,8 +54,9 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        now, counted = time.monotonic(), self.done - self._first
-        left = f", {(now - self._begun) / counted * (self.total - self.done):.0f} s left" if counted else ""
+        now, counted, left = time.monotonic(), self.done - self._first, ""
+        if self._begun is not None and counted:
+            left = f", {(now - self._begun) / counted * (self.total - self.done):.0f} s left"
         note = f", {self._note}" if self._note else ""
         print(
             f"{self.name} {self.done:,}/{self.total:,} {self.unit}s, {now - self._start:.0f} s{left}{note}",

@@ -59,7 +59,7 @@ def network_options(config: Config, data: Dataset) -> dict[str, Any]:
         "in_channels": channels,
         "channels": m.channels,
         "blocks": m.blocks,
-        "attention": m.attention,
+        "attention": tuple(side or height >> (len(m.channels) - 1) for side in m.attention),
         "groups": m.groups,
         "dropout": m.dropout,
         "scale_shift": m.scale_shift,
