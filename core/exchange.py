@@ -1,12 +1,14 @@
 """The doors of the elementwise functions: arrays of other libraries, and values gathered by time."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from ..kernels.arrays import array_module, is_foreign, is_native, native, restore
+from .schedules import Schedule
 
 Array = Any
 P = ParamSpec("P")
@@ -14,17 +16,31 @@ R = TypeVar("R")
 
 
 def exchanged(f: Callable[P, R]) -> Callable[P, R]:
-    """``f`` for arrays of any library that speaks DLPack: NumPy or CuPy inside, the caller's kind of array back."""
+    """``f`` for arrays of any library that speaks DLPack: NumPy or CuPy inside, the kind of its first argument back.
+
+    Raises TypeError unless that argument is an array and ``s``, where there is one, a schedule.
+    """
+    names = tuple(inspect.signature(f).parameters)
+    place = names.index("s") if "s" in names else len(names)
 
     @functools.wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        kind = next((v for v in (*args, *kwargs.values()) if is_foreign(v)), None)
-        if kind is None:
+        kind = args[0] if args else kwargs.get(names[0])
+        if not is_foreign(kind) and not isinstance(kind, np.generic) and not is_native(kind) and (args or names[0] in kwargs):
+            raise TypeError(f"{names[0]} must be an array, not {type(kind).__name__}")
+        if len(args) > place or "s" in kwargs:
+            check_schedule(args[place] if len(args) > place else kwargs["s"])
+        if not any(map(is_foreign, (*args, *kwargs.values()))):
             return f(*args, **kwargs)
         result: Any = f(*map(native, args), **{k: native(v) for k, v in kwargs.items()})
         return tuple(restore(r, kind) for r in result) if isinstance(result, tuple) else restore(result, kind)
 
     return call
+
+
+def check_schedule(s: Any) -> None:
+    if not isinstance(s, Schedule):
+        raise TypeError(f"s must be a Schedule (schedules.linear() for one), not {type(s).__name__}")
 
 
 def check_times(t: Any, low: int, high: int, batch: int | None = None) -> Any:

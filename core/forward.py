@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 
-@exchanged
 def _noised(
     x: Array,
     t: Any,
@@ -51,12 +50,14 @@ def _noised(
     eps_out: Any,
 ) -> tuple[Array, Array]:
     xp = array_module(x)
-    t = check_times(t, low, len(signal) - 1, x.shape[0] if getattr(x, "ndim", 0) else None)
-    t = xp.full(x.shape[0], t, np.int64) if isinstance(t, int) else xp.asarray(t)
+    batch = x.shape[0] if x.ndim else 1  # the kernel refuses an array without a batch axis
+    t = check_times(t, low, len(signal) - 1, batch)
+    t = xp.full(batch, t, np.int64) if isinstance(t, int) else xp.asarray(t)
     options = {"eps": eps, "seed": seed, "step": step, "stream": streams.FORWARD, "first_sample": first_sample}
     return kernels.q_sample(x, t, xp.asarray(signal), xp.asarray(noise), out=out, eps_out=eps_out, **options)
 
 
+@exchanged
 def q_sample(
     x0: Array,
     t: Any,
@@ -77,6 +78,7 @@ def q_sample(
     return _noised(x0, t, 0, s.signal, s.noise, eps, seed, step, first_sample, out, eps_out)
 
 
+@exchanged
 def q_step(
     x: Array, t: Any, s: Schedule, seed: int = 0, eps: Array | None = None, step: int | None = None, first_sample: int = 0
 ) -> tuple[Array, Array]:
@@ -86,7 +88,8 @@ def q_step(
     an int, so that a chain of steps under one seed draws fresh noise each time; else 0.
     """
     if step is None:
-        step = int(t) if np.ndim(t) == 0 else 0
+        times = check_times(t, 1, s.T)
+        step = times if isinstance(times, int) else 0
     return _noised(x, t, 1, np.sqrt(s.alpha), np.sqrt(s.beta), eps, seed, step, first_sample, None, None)
 
 

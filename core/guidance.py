@@ -47,8 +47,8 @@ def classifier_free(predict: Callable[[Array, Array, Array], Array], y: Any, w: 
             return predict(x, t, restore(uncond, x))
         both = predict(*(restore(xp.concatenate(pair), x) for pair in ((xn, xn), (tn, tn), (cond, uncond))))
         out = native(both)
-        if out.shape[0] != 2 * batch:
-            raise ValueError(f"predict must return {2 * batch} samples for the doubled batch, not shape {out.shape}")
+        if np.shape(out)[:1] != (2 * batch,):
+            raise ValueError(f"predict must return {2 * batch} samples for the doubled batch, not shape {np.shape(out)}")
         return restore(classifier_free_eps(out[:batch], out[batch:], w), both)
 
     return model

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module
-from .exchange import Array, column, exchanged, lift
+from ..kernels.arrays import array_module, restore
+from .exchange import Array, check_times, exchanged, lift
 from .forward import ddim_sigma
 from .schedules import Schedule
 
@@ -83,7 +83,8 @@ def min_snr_weight(t: Any, s: Schedule, gamma: float = 5.0, prediction: str = "e
 
 
 def _at(values: np.ndarray, t: Any, low: int) -> Any:
-    return column(values, t, np.empty((np.size(t),)) if np.ndim(t) else np.empty(()), low)
+    times = check_times(t, low, len(values) - 1)
+    return float(values[times]) if isinstance(times, int) else restore(array_module(times).asarray(values)[times], t)
 
 
 @exchanged

@@ -50,6 +50,8 @@ def sample(
 
     Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
     """
+    if not isinstance(table, Table):
+        raise TypeError(f"table must be a Table (tables.ddim(s) for one), not {type(table).__name__}")
     x = native(x_T)
     if not is_native(x) or x.dtype.kind != "f":
         raise TypeError(f"x_T must be a float array, not {f'of {x.dtype}' if is_native(x) else type(x).__name__}")

@@ -134,7 +134,10 @@ def from_betas(betas: Sequence[float] | np.ndarray, name: str = "custom") -> Sch
 
 
 def _build(betas: Sequence[float] | np.ndarray, name: str) -> Schedule:
-    s = Schedule(np.r_[0.0, np.asarray(betas, np.float64)], name)
+    values = np.asarray(betas, np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"betas must be a list of T >= 1 values, not an array of shape {values.shape}")
+    s = Schedule(np.r_[0.0, values], name)
     gap = prior_gap(s)
     if gap.kl > LARGE_GAP:
         warnings.warn(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import forward, schedules
+from .exchange import check_schedule
 from .schedules import Schedule
 from .table import Table, table
 
@@ -25,8 +26,10 @@ KARRAS_RHO = 7.0
 GAUSS_POINTS, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(4)
 
 
-def _times(s: Schedule, steps: int, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
-    """(ascending times as float64, how they were made)."""
+def _times(s: Schedule, steps: int | None, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
+    """(ascending times as float64, how they were made); ``steps`` None is T."""
+    check_schedule(s)
+    steps = s.T if steps is None else steps
     if grid is None:
         return schedules.timesteps(s.T, steps, spacing).astype(np.float64), f"steps={steps}, {spacing}"
     times = np.array(grid, np.float64)
@@ -39,6 +42,7 @@ def _times(s: Schedule, steps: int, spacing: str, grid: Grid) -> tuple[np.ndarra
 
 def _ode_times(s: Schedule, steps: int, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
     """As :func:`_times`, for solvers that may stop between whole times: "linspace" is not rounded and "karras" is a choice."""
+    check_schedule(s)
     if grid is None and spacing in ("linspace", "karras"):
         schedules.timesteps(s.T, steps)  # checks steps
         times = np.linspace(0, s.T - 1, steps) + 1
@@ -83,7 +87,7 @@ def ddpm(
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
-    times, how = _times(s, s.T if steps is None else steps, spacing, grid)
+    times, how = _times(s, steps, spacing, grid)
     t, t_to, a, n = _down(s, times)
     shrink, beta = (n[1:] / n[:-1]) ** 2, forward.step_variance(a[:-1], n[:-1], a[1:], n[1:])
     posterior = shrink * beta
@@ -192,6 +196,7 @@ def dpm_solver_pp(
     3. ``spacing`` may be "karras". With ``drop_lowest`` the times are the upper ``steps`` of steps + 1 spaced ones (the usual
     grid of this solver); a ``grid`` is taken as it is.
     """
+    check_schedule(s)
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, not {order}")
     if grid is None and spacing != "karras":
@@ -264,7 +269,7 @@ def euler_maruyama(
     ``steps`` defaults to T. The rows carry the marginals only to O(B²), so the laws are not asserted (``exact`` is False). No
     noise in the last step. Source: Song et al. 2021 (score SDE), Eq. 6.
     """
-    times, how = _times(s, s.T if steps is None else steps, spacing, grid)
+    times, how = _times(s, steps, spacing, grid)
     t, t_to, a, n = _down(s, times)
     _sigma_bar(a, n, "euler_maruyama")
     B: Any = 2 * np.log(a[1:] / a[:-1])

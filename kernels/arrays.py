@@ -41,7 +41,10 @@ def native(x: Any) -> Any:
         import cupy
 
         return cupy.from_dlpack(x)
-    return np.from_dlpack(x)
+    try:
+        return np.from_dlpack(x)
+    except (RuntimeError, BufferError) as e:  # NumPy has no bfloat16, for instance
+        raise TypeError(f"an array of {getattr(x, 'dtype', 'this kind')} cannot be exchanged with NumPy: {e}") from e
 
 
 def restore(a: Any, kind: Any) -> Any:

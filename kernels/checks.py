@@ -99,6 +99,14 @@ def q_sample(
     counter(seed, step, stream, first_sample)
 
 
+def _ordered(clip: Any) -> bool:
+    try:
+        low, high = clip
+        return bool(low <= high)
+    except (TypeError, ValueError):
+        return False
+
+
 def step(
     x: Array,
     m: Array,
@@ -122,6 +130,8 @@ def step(
     if rows.shape[1] != len(ROW):
         raise ValueError(f"rows must have {len(ROW)} columns ({', '.join(ROW)}), not {rows.shape[1]}")
     _integer("i", i, 0, rows.shape[0])
+    if not isinstance(history, tuple):
+        raise TypeError(f"history must be a tuple of arrays, not {type(history).__name__}")
     if len(history) > 3:
         raise ValueError(f"history must hold at most 3 arrays, not {len(history)}")
     for k, past in enumerate(history):
@@ -129,7 +139,7 @@ def step(
     _optional("guidance", guidance, "x", x)
     if noise is not True and noise is not None:
         _same("noise", noise, "x", x)
-    if clip is not None and not (len(clip) == 2 and clip[0] <= clip[1]):
+    if clip is not None and not _ordered(clip):
         raise ValueError(f"clip must be (low, high) with low <= high, not {clip}")
     _optional("out", out, "x", x)
     _optional("store", store, "x", x)
@@ -182,13 +192,17 @@ def group_norm_silu_backward(
 
 
 def _conv(shape: tuple[int, ...], kernel: int, stride: int, upsample: bool, pad: Any) -> tuple[int, int]:
+    for name, value in (("kernel", kernel), ("stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
     if kernel not in (1, 3):
         raise ValueError(f"the kernel must be 1x1 or 3x3, not {kernel}x{kernel}")
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, not {stride}")
     if upsample and stride != 1:
         raise ValueError("upsample goes with stride 1")
-    if pad is not None and not (len(pad) == 2 and all(isinstance(p, (int, np.integer)) and 0 <= p < max(kernel, 2) for p in pad)):
+    inside = isinstance(pad, tuple) and all(isinstance(p, (int, np.integer)) and 0 <= p < max(kernel, 2) for p in pad)
+    if pad is not None and not (inside and len(pad) == 2):
         raise ValueError(f"pad must be (before, after), each smaller than the kernel, not {pad}")
     rows, cols = (conv_output_size(n, kernel, stride, upsample, pad) for n in shape[1:3])
     if rows < 1 or cols < 1:
@@ -210,7 +224,7 @@ def conv2d_backward_input(
 ) -> None:
     _array("dy", dy, 4)
     _array("w", w, 4)
-    if len(input_shape) != 4 or input_shape[3] != w.shape[2]:
+    if not isinstance(input_shape, tuple) or len(input_shape) != 4 or input_shape[3] != w.shape[2]:
         raise ValueError(f"input_shape must be (B, H, W, {w.shape[2]}), not {input_shape}")
     _same("w", w, "dy", dy, (w.shape[0], w.shape[0], w.shape[2], dy.shape[3]))
     rows, cols = _conv(tuple(input_shape), w.shape[0], stride, upsample, pad)
@@ -236,7 +250,8 @@ def attention(q: Array, k: Array, v: Array, scale: Any, out: Any) -> None:
 
 
 def attention_backward(do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, scale: Any) -> None:
-    attention(q, k, v, scale, o)
+    attention(q, k, v, scale, None)
+    _same("o", o, "q", q)
     _same("do", do, "q", q)
     _same("lse", lse, "q", q, (q.shape[0], q.shape[2], q.shape[1]))
 
@@ -272,5 +287,7 @@ def adamw_ema(
     _integer("step", step, 1, 2**63)
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, not {max_norm}")
-    if norm_sq is not None and norm_sq.shape != (1,):
-        raise ValueError(f"norm_sq must be an array of one element, not shape {norm_sq.shape}")
+    if norm_sq is not None:
+        _array("norm_sq", norm_sq, 1)
+        if norm_sq.shape != (1,):
+            raise ValueError(f"norm_sq must be an array of one element, not shape {norm_sq.shape}")

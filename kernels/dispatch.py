@@ -37,6 +37,8 @@ def use(backend: str) -> Iterator[None]:
 
 # What a kernel writes must be contiguous as it is; what it only reads is copied where it is not.
 _WRITTEN = {"adamw_ema": ("param", "m", "v", "ema")}
+_RESULTS = ("out", "store", "eps_out")
+_SEQUENCES = ("history", "pad", "input_shape", "clip")  # tuples, which a caller may give as lists
 # Coefficient tables (rows, signal and noise levels) and Σ grad² may be float64 beside float32 data.
 _TABLES = {"q_sample": frozenset(("signal", "noise")), "step": frozenset(("rows",)), "adamw_ema": frozenset(("norm_sq",))}
 _DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
@@ -63,7 +65,7 @@ def backend_for(name: str, bound: dict[str, Any]) -> str:
                 first = a if first is None else first
     if first is None:
         return "reference"
-    for k in _WRITTEN.get(name, ("out", "store", "eps_out")):
+    for k in _WRITTEN.get(name, _RESULTS):
         a = bound.get(k)
         if a is not None and is_native(a) and not a.flags.c_contiguous:
             return "reference"
@@ -74,6 +76,15 @@ def _contiguous(v: Any) -> Any:
     if type(v) is tuple:
         return tuple(map(_contiguous, v))
     if is_native(v) and not v.flags.c_contiguous:
+        return v.copy(order="C")
+    return v
+
+
+def _writable(v: Any) -> Any:
+    """As :func:`_contiguous`, and a copy of a read-only array, which Numba takes for another type."""
+    if type(v) is tuple:
+        return tuple(map(_writable, v))
+    if isinstance(v, np.ndarray) and not (v.flags.c_contiguous and v.flags.writeable):
         return v.copy(order="C")
     return v
 
@@ -89,6 +100,8 @@ def kernel(name: str) -> Callable[..., Any]:
     check = getattr(checks, name)
     defaults = {k: p.default for k, p in signature.parameters.items()}
     names = tuple(defaults)
+    written, tables = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset())
+    sequences = tuple(k for k in _SEQUENCES if k in defaults)
     required = sum(d is inspect.Parameter.empty for d in defaults.values())
 
     @functools.wraps(definition)
@@ -98,17 +111,26 @@ def kernel(name: str) -> Callable[..., Any]:
         doubled = kwargs and not kwargs.keys().isdisjoint(names[:count])
         if count > len(names) or len(given) > len(names) or doubled or not kwargs.keys() >= set(names[count:required]):
             signature.bind(*args, **kwargs)  # raises what Python raises
+        for k in sequences:
+            if type(given[k]) is list:
+                given[k] = tuple(given[k])
         foreign = next((v for v in given.values() if type(v) not in _PLAIN and is_foreign(v)), None)
         originals = given
         if foreign is not None:
             given = {k: _to_native(v) for k, v in given.items()}
         check(**given)
+        for k in written:
+            a = given.get(k)
+            if isinstance(a, np.ndarray) and not a.flags.writeable:
+                raise ValueError(f"{k} must be writable, not read-only")
         backend = backend_for(name, given)
         if backend == "reference":
             result = definition(**given)
         else:
             run = _loaded.get((backend, name)) or _load(backend, name)
-            result = run(**{k: v if type(v) in _SCALARS else _contiguous(v) for k, v in given.items()})
+            plain = given.keys() if backend == "gpu" else tables
+            ready = {k: v if type(v) in _SCALARS else _contiguous(v) if k in plain else _writable(v) for k, v in given.items()}
+            result = run(**ready)
         return result if foreign is None else _restored(result, given, originals, foreign)
 
     return call

@@ -10,7 +10,7 @@ from ..kernels.arrays import array_module, is_cupy, native, restore
 from . import functions as f
 from .autograd import Tensor, no_grad, recording
 from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding
-from .unet_config import attention_levels, check
+from .unet_config import attention_levels, check, integers
 
 Array = Any
 
@@ -125,15 +125,16 @@ class UNet:
         xp: Any = np,
         dtype: str = "float32",
     ) -> None:
-        size = [image_size, image_size] if isinstance(image_size, (int, np.integer)) else list(image_size)
+        size = [image_size, image_size] if isinstance(image_size, (int, np.integer)) else image_size
+        channels = integers("channels", channels)
         config: dict[str, Any] = {
-            "image_size": [int(n) for n in size],
+            "image_size": integers("image_size", size),
             "in_channels": in_channels,
             "out_channels": in_channels if out_channels is None else out_channels,
-            "channels": [int(n) for n in channels],
+            "channels": channels,
             "blocks": blocks,
-            "attention": list(attention),
-            "attention_up": None if attention_up is None else list(attention_up),
+            "attention": integers("attention", attention),
+            "attention_up": None if attention_up is None else integers("attention_up", attention_up),
             "middle": middle,
             "middle_groups": middle_groups,
             "head_dim": head_dim,

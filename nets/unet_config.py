@@ -5,6 +5,17 @@ from typing import Any
 import numpy as np
 
 
+def integers(name: str, value: Any) -> list[Any]:
+    """``value`` as a list of plain integers (bools stay bools). TypeError where it is no sequence of them."""
+    try:
+        given = list(value)
+    except TypeError:
+        given = [None]
+    if any(not isinstance(n, (int, np.integer, np.bool_)) for n in given):
+        raise TypeError(f"{name} must be a sequence of integers, not {value!r}")
+    return [bool(n) if isinstance(n, (bool, np.bool_)) else int(n) for n in given]
+
+
 def attention_levels(c: dict[str, Any], key: str) -> list[bool]:
     """Which levels have attention: from bools as they are, from sides of images by the levels' heights."""
     wanted, n = c[key], len(c["channels"])
@@ -29,6 +40,12 @@ def check(c: dict[str, Any]) -> None:
     for key in ("in_channels", "out_channels", "blocks", "groups", "embedding_size"):
         if not isinstance(c[key], (int, np.integer)) or c[key] < 1:
             raise ValueError(f"{key} must be an integer of at least 1, not {c[key]!r}")
+    for key, low in (("classes", 1), ("head_dim", 1), ("middle_groups", 0)):
+        if c[key] is not None and (not isinstance(c[key], (int, np.integer)) or c[key] < low):
+            raise ValueError(f"{key} must be an integer of at least {low} or None, not {c[key]!r}")
+    for key in ("dropout", "norm_eps", "freq_shift"):
+        if not isinstance(c[key], (int, float, np.number)):
+            raise TypeError(f"{key} must be a number, not {c[key]!r}")
     if len(size) != 2 or min(size) < 1 or any(n % 2**halvings for n in size):
         raise ValueError(
             f"image_size must be (height, width), both multiples of {2**halvings} for {halvings + 1} levels, not {size}"
@@ -48,10 +65,8 @@ def check(c: dict[str, Any]) -> None:
         attended.append(channels[-1])
         if c["middle_groups"] and channels[-1] % c["middle_groups"]:
             raise ValueError(f"middle_groups must divide {channels[-1]} channels, not {c['middle_groups']}")
-    if c["head_dim"] is not None and (c["head_dim"] < 1 or any(n % c["head_dim"] for n in attended)):
+    if c["head_dim"] is not None and any(n % c["head_dim"] for n in attended):
         raise ValueError(f"head_dim must divide the channels {attended} of all attentions, not {c['head_dim']}")
-    if c["classes"] is not None and c["classes"] < 1:
-        raise ValueError(f"classes must be at least 1 or None, not {c['classes']}")
     if not 0 <= c["dropout"] < 1:
         raise ValueError(f"dropout must be in [0, 1), not {c['dropout']}")
     if not c["norm_eps"] > 0:

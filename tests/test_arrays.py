@@ -98,6 +98,12 @@ def test_wrong_kinds_are_named(torch: Any) -> None:
         kernels.sum_squares(torch.arange(3))
 
 
+def test_what_numpy_cannot_hold_is_named(torch: Any) -> None:
+    x = torch.zeros(2, 3, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"an array of torch\.bfloat16 cannot be exchanged"):
+        kernels.step(x, x, rows(), 0)
+
+
 def test_questions_about_kinds(torch: Any) -> None:
     x = torch.zeros(3)
     assert arrays.is_foreign(x) and not arrays.is_native(x) and arrays.is_native(X) and not arrays.is_foreign(X)

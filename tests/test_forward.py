@@ -215,6 +215,35 @@ def test_torch_tensors_come_back_as_torch_tensors(linear):
         forward.q_sample(x0.requires_grad_(), 10, linear)
 
 
+def test_the_answer_is_of_the_kind_of_the_data_not_of_the_times(linear):
+    torch = pytest.importorskip("torch")
+    t = torch.tensor([1, 2, 3, 400, 700, 1000])
+    for times in (t, t[3]):
+        x_t, eps = forward.q_sample(X0, times, linear, eps=torch.from_numpy(EPS))
+        mean, _ = forward.q_posterior(x_t=x_t, x0=X0, t=times, s=linear)
+        assert all(type(a) is np.ndarray for a in (x_t, eps, mean))
+        np.testing.assert_array_equal(x_t, forward.q_sample(X0, np.asarray(times), linear, eps=EPS)[0])
+        assert isinstance(forward.q_sample(torch.from_numpy(X0), np.asarray(times), linear)[0], torch.Tensor)
+
+
+def test_wrong_data_and_schedules_are_named(linear):
+    for f, name in ((forward.q_sample, "x0"), (forward.q_step, "x")):
+        for bad in ([[1.0, 2.0]], 1.0, None):
+            with pytest.raises(TypeError, match=rf"{name} must be an array, not"):
+                f(bad, 5, linear)
+        with pytest.raises(ValueError, match="batch axis"):
+            f(np.array(1.0), 5, linear)
+        with pytest.raises(TypeError, match="t must be an int"):
+            f(X0, None, linear)
+        for bad in (None, 1000):
+            with pytest.raises(TypeError, match="s must be a Schedule"):
+                f(X0, 5, bad)
+    with pytest.raises(TypeError, match="x0 must be an array, not list"):
+        forward.q_posterior([1.0], [2.0], 5, linear)
+    with pytest.raises(TypeError, match="s must be a Schedule"):
+        forward.q_posterior(X0, X0, 5, s=None)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ slerp
 
 

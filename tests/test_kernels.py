@@ -469,6 +469,10 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("step", (X, X, ROWS, -1), {}, ValueError, "i must be in"),
     ("step", (X, X, ROWS, 0), {"history": (X, X, X, X)}, ValueError, "at most 3"),
     ("step", (X, X, ROWS, 0), {"history": (X[:1],)}, ValueError, r"history\[0\] has shape"),
+    ("step", (X, X, ROWS, 0), {"history": None}, TypeError, "history must be a tuple of arrays, not NoneType"),
+    ("step", (X, X, ROWS, 0), {"clip": 1}, ValueError, "clip must be"),
+    ("step", (X, X, ROWS, 0), {"out": np.broadcast_to(X, X.shape)}, ValueError, "out must be writable"),
+    ("normals", (np.broadcast_to(X, X.shape), 0), {}, ValueError, "out must be writable"),
     ("step", (X, X, ROWS, 0), {"noise": X[:1]}, ValueError, "noise has shape"),
     ("step", (X, X, ROWS, 0), {"noise": False}, TypeError, "noise"),
     ("step", (X, X, ROWS, 0), {"clip": (1, -1)}, ValueError, "clip"),
@@ -487,18 +491,22 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("conv2d", (X[0], W), {}, ValueError, "x must have 4 dimensions"),
     ("conv2d", (X, W), {"stride": 3}, ValueError, "stride must be 1 or 2"),
     ("conv2d", (X, W), {"stride": 2, "upsample": True}, ValueError, "upsample goes with stride 1"),
+    ("conv2d", (X, W), {"stride": 2.0}, TypeError, "stride must be an integer, not float"),
     ("conv2d", (X, W), {"pad": (3, 0)}, ValueError, "pad must be"),
+    ("conv2d", (X, W), {"pad": 1}, ValueError, "pad must be"),
     ("conv2d", (X, W, C), {}, ValueError, "bias has shape"),
     ("conv2d", (X[:, :1, :1], W), {"pad": (0, 0)}, ValueError, "too small"),
     ("conv2d", (X, W.astype(np.float64)), {}, TypeError, "w is float64"),
     ("conv2d", (X, W), {"out": X}, ValueError, "out has shape"),
     ("conv2d_backward_input", (Y, W, (2, 4, 4, 7)), {}, ValueError, "input_shape"),
+    ("conv2d_backward_input", (Y, W, 8), {}, ValueError, "input_shape"),
     ("conv2d_backward_input", (Y, W, (2, 5, 4, 8)), {}, ValueError, "dy has shape"),
     ("conv2d_backward_weight", (X, Y[:1], 3), {}, ValueError, "dy has shape"),
     ("conv2d_backward_weight", (X, Y, 2), {}, ValueError, "the kernel must be"),
     ("attention", (Q, Q[:, :4], Q), {}, ValueError, "k has shape"),
     ("attention", (Q[:, :0], Q[:, :0], Q[:, :0]), {}, ValueError, "at least 1"),
     ("attention_backward", (Q, Q, Q, Q, Q, np.zeros((2, 5, 2), np.float32)), {}, ValueError, "lse has shape"),
+    ("attention_backward", (Q, Q, Q, Q, None, np.zeros((2, 2, 5), np.float32)), {}, TypeError, "o must be an array"),
     ("sum_squares", (np.arange(3),), {}, TypeError, "x must be of a float dtype"),
     ("adamw_ema", (FLAT, FLAT[1:], FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 0.9), {}, ValueError, "grad has shape"),
     ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 1.0, 0.9, 1e-8, 0, 1, 0.9), {}, ValueError, "beta1"),
@@ -506,6 +514,7 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 1.1), {}, ValueError, "ema_decay"),
     ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 0.9), {"max_norm": 0}, ValueError, "max_norm"),
     ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 0.9), {"norm_sq": FLAT}, ValueError, "norm_sq"),
+    ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 0.9, 3.0), {}, TypeError, "norm_sq must be an array"),
     ("sum_squares", (), {}, TypeError, "missing"),
     ("sum_squares", (FLAT, FLAT), {}, TypeError, "too many positional"),
     ("sum_squares", (FLAT,), {"y": 1}, TypeError, "unexpected keyword"),
@@ -517,6 +526,37 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments_are_named(name: str, args: tuple, kwargs: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         getattr(kernels, name)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "normals"])
+def test_arguments_that_are_only_read_may_be_read_only(name: str) -> None:
+    """Broadcast, frozen and memory-mapped arrays, and those of libraries whose arrays never change."""
+
+    def locked(a: np.ndarray) -> np.ndarray:
+        a = a.copy()
+        a.setflags(write=False)
+        return a
+
+    parameters = list(inspect.signature(getattr(kernels, name)).parameters)
+    written = dispatch._WRITTEN.get(name, dispatch._RESULTS)
+    for case in TABLE[name].tests:
+        results = []
+        for change in (np.copy, locked):
+            args, kwargs = arguments(name, case)
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            given = {k: v if k in written else mapped(change, v) for k, v in given.items()}
+            result = getattr(kernels, name)(**given)
+            results.append([*(result if isinstance(result, tuple) else (result,)), *(given.get(k) for k in written)])
+        for a, b in zip(*results, strict=True):
+            assert (a is None) == (b is None) and (a is None or np.array_equal(a, b))
+
+
+def test_lists_stand_for_tuples() -> None:
+    past = np.ones((6, 2), np.float32).T  # not contiguous, and to be copied inside a list too
+    x, rows = np.ones((2, 6), np.float32), np.ones((1, len(ROW)))
+    want = kernels.step(x, x, rows, 0, (past.copy(),), clip=(-1, 1))
+    assert np.array_equal(kernels.step(x, x, rows, 0, [past], clip=[-1, 1]), want)
+    assert np.array_equal(kernels.conv2d(X, W, pad=[0, 1]), kernels.conv2d(X, W, pad=(0, 1)))
 
 
 def test_bad_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

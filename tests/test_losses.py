@@ -68,6 +68,9 @@ def test_eps_loss_weight_makes_the_bound(linear, variance):
         assert losses.eps_loss_weight(t, linear, variance) * np.sum((eps - wrong) ** 2) == pytest.approx(kl, rel=1e-8)
     many = losses.eps_loss_weight(np.array([2, 500]), linear, variance)
     assert many.shape == (2,) and many[1] == losses.eps_loss_weight(500, linear, variance)
+    torch = pytest.importorskip("torch")
+    tensor = losses.eps_loss_weight(torch.tensor([2, 500]), linear, variance)
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), many)
     with pytest.raises(ValueError, match=r"t must be in [12]\.\.1000"):
         losses.eps_loss_weight(0 if variance == "beta" else 1, linear, variance)
     with pytest.raises(ValueError, match="variance must be"):

@@ -184,6 +184,15 @@ def test_wrong_answers_of_the_model_are_named(linear):
         samplers.sample(contraction, table, x, guidance=lambda x, t: x[:1])
 
 
+def test_wrong_tables_are_named(linear):
+    for bad in (None, "ddim", linear):
+        with pytest.raises(TypeError, match="table must be a Table"):
+            samplers.sample(contraction, bad, np.ones((2, 3)))
+    for make in (tables.ddpm, tables.ddim, tables.heun, tables.dpm_solver_pp, tables.euler_maruyama):
+        with pytest.raises(TypeError, match="s must be a Schedule"):
+            make(1000)
+
+
 def test_wrong_states_are_named(linear):
     table = tables.ddim(linear, 3)
     for bad in (np.ones((2, 3), int), [[1.0, 2.0]], None):

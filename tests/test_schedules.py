@@ -104,8 +104,9 @@ def test_bad_lengths_are_refused():
     for T, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="T must be"):
             schedules.linear(T)
-    with pytest.raises(ValueError, match="shape"):
-        schedules.from_betas([])
+    for bad in ([], 0.1, [[0.1, 0.1]]):
+        with pytest.raises(ValueError, match="betas must be a list of T >= 1 values"):
+            schedules.from_betas(bad)
     with pytest.raises(ValueError, match=r"beta must lie"):
         schedules.linear(10, rescale=True)  # 0.02 · 100 > 1
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ def program(name: str) -> Callable[[Main], Main]:
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def guarded(argv: Sequence[str] | None = None) -> int:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows × as \xd7 rather than nothing
+                sys.stdout.reconfigure(errors="backslashreplace")
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = functools.partial(_warn, name)

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("give either a folder or --images")
     if options.out.exists() and not options.force:
         raise UserError(f"{options.out} exists already; --force replaces it")
+    if not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
     try:
         if options.folder is not None:
             given = [n for n in ("labels", "test_images", "test_labels", "classes") if getattr(options, n) is not None]
@@ -212,6 +214,8 @@ def _pixels(path: Path, mode: str | None, size: tuple[int, int] | None) -> np.nd
     with _opened(path) as image:
         try:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                raise DataError(path, "holds floating-point numbers, whose white is not known: save it with 8 or 16 bits")
             if upright.mode.startswith("I"):  # 16 bits a pixel
                 wide = np.asarray(upright, np.int64)
                 upright = Image.fromarray((wide.clip(0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -221,6 +225,8 @@ def _pixels(path: Path, mode: str | None, size: tuple[int, int] | None) -> np.nd
             plain = upright.convert(mode or "RGB")
             if size is not None and plain.size != size[::-1]:
                 plain = ImageOps.fit(plain, size[::-1], Image.Resampling.LANCZOS)
+        except DataError:
+            raise
         except (OSError, ValueError, SyntaxError, EOFError) as e:
             raise DataError(path, f"cannot be decoded ({e})") from e
     pixels = np.asarray(plain, np.uint8)

@@ -106,7 +106,7 @@ def _parser() -> Parser:
         "--guidance", type=real(-1, 1000), metavar="W", help="w in (1 + w)·eps_c - w·eps_u: 0 is none; default: the run's"
     )
     parser.add_argument(
-        "--class", dest="classes", default="all", help="all (in turn), none, or numbers or names such as 3 or 1,4"
+        "--class", dest="classes", default="all", help="all (in turn), none, or names or numbers such as 3 or 1,4"
     )
     parser.add_argument("--n", type=integer(1, 10**9), default=64, help="number of images (default 64)")
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0)
@@ -163,15 +163,18 @@ def _labels(text: str, classes: tuple[str, ...], n: int) -> np.ndarray | None:
         return None
     if not classes:
         raise UserError(f"--class {text}: this network has no classes")
-    asked = list(range(len(classes))) if text == "all" else [_class(part.strip(), classes) for part in text.split(",")]
+    if text == "all":
+        asked = list(range(len(classes)))
+    else:  # a name may hold a comma
+        asked = [_class(part.strip(), classes) for part in ([text] if text in classes else text.split(","))]
     return np.resize(np.array(asked, np.int64), n)
 
 
 def _class(text: str, classes: tuple[str, ...]) -> int:
+    if text in classes:  # before the number: a class may be named "1" and have another number
+        return classes.index(text)
     if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(classes):
         return int(text)
-    if text in classes:
-        return classes.index(text)
     raise UserError(f"--class must be all, none, numbers in 0..{len(classes) - 1} or names of classes, not {text!r}")
 
 

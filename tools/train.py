@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(config, dataset, xp)
     if found is not None:
         trainer.restore(*found)
+    sample_table(trainer)  # a mistake there should show now, not after the training
     if options.dry_run:
         return _dry_run(trainer, where)
-    sample_table(trainer)  # a mistake there should show now, not after the training
     run = runs.Run(_folder(options, config, found))
     try:
         return _train(trainer, run, options, where)
