@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import kernels
 from ..kernels import counter, streams
-from ..kernels.arrays import array_module
+from ..kernels.arrays import array_module, is_native
 from .convert import convert, eps_from_score, predict_eps_from_x0, predict_x0_from_eps, score_from_eps, training_target
 from .exchange import Array, check_times, column, exchanged, lift
 from .schedules import Schedule
@@ -53,6 +53,8 @@ def _noised(
     batch = x.shape[0] if x.ndim else 1  # the kernel refuses an array without a batch axis
     t = check_times(t, low, len(signal) - 1, batch)
     t = xp.full(batch, t, np.int64) if isinstance(t, int) else xp.asarray(t)
+    if is_native(eps) and eps.dtype.kind == "f" and x.dtype.kind == "f":
+        eps = eps.astype(x.dtype, copy=False)
     options = {"eps": eps, "seed": seed, "step": step, "stream": streams.FORWARD, "first_sample": first_sample}
     return kernels.q_sample(x, t, xp.asarray(signal), xp.asarray(noise), out=out, eps_out=eps_out, **options)
 

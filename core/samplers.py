@@ -89,17 +89,15 @@ def sample(
 
 
 def _answer(value: Any, x: Array, name: str) -> Array:
-    """What ``name`` returned, as a native array like x."""
+    """What ``name`` returned, as a native array like x; one of another float dtype is cast (a float64 factor is soon met)."""
     a = native(value)
     if not is_native(a):
         raise TypeError(f"{name} must return an array, not {type(value).__name__}")
-    if a.shape != x.shape or a.dtype != x.dtype:
-        raise ValueError(
-            f"{name} must return shape {x.shape}, dtype {x.dtype} like the state, not shape {a.shape}, dtype {a.dtype}"
-        )
+    if a.shape != x.shape or a.dtype.kind != "f":
+        raise ValueError(f"{name} must return floats of shape {x.shape} like the state, not {a.dtype} of shape {a.shape}")
     if array_module(a) is not array_module(x):
         raise TypeError(f"{name} must return a {array_module(x).__name__} array like the state, not {array_module(a).__name__}")
-    return a
+    return a.astype(x.dtype, copy=False)
 
 
 def _noise(noise: Any, table: Table, x: Array) -> Array:
@@ -108,6 +106,6 @@ def _noise(noise: Any, table: Table, x: Array) -> Array:
     needed = 1 + int(np.max(np.flatnonzero(table.c), initial=-1))
     if noise.shape[1:] != x.shape or noise.shape[0] < needed:
         raise ValueError(f"noise must have shape {(len(table), *x.shape)}, at least {needed} rows of it, not {noise.shape}")
-    if noise.dtype != x.dtype:
-        raise TypeError(f"noise is {noise.dtype}, x_T is {x.dtype}: the dtypes must be equal")
-    return noise
+    if noise.dtype.kind != "f":
+        raise TypeError(f"noise must be of a float dtype, not {noise.dtype}")
+    return noise.astype(x.dtype, copy=False)
