@@ -1,5 +1,6 @@
 """`alphabar`: one name for all commands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,24 @@ def test_info_of_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["digits"]) == 0
     out = capsys.readouterr().out
     assert "1,797 of 8×8×1" in out and "1,442 train, 355 test" in out and "sha256" in out
+
+
+def test_a_terminal_without_unicode() -> None:
+    words = [sys.executable, "-m", "alphabar.tools.info", "digits"]
+    out = subprocess.run(words, capture_output=True, text=True, env={"PATH": "", "PYTHONIOENCODING": "ascii"})
+    assert out.returncode == 0 and r"1,797 of 8\xd78\xd71" in out.stdout and not out.stderr
+
+
+def test_the_bar_shows_on_a_terminal_of_unknown_size() -> None:
+    """Such as that of `script`, `docker run -t` or a CI job: 0 rows of 0 columns."""
+    pty = pytest.importorskip("pty")
+    code = "from alphabar.tools.progress import Progress\nwith Progress('work', 2) as bar:\n  bar.advance()\n  bar.advance()\n"
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env={"PATH": ""})
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode(errors="replace")
+    os.close(ours)
+    assert "work 100%" in shown and "2/2" in shown
 
 
 def test_info_of_a_run_and_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,14 @@ def test_transparency_lies_on_white_and_sixteen_bits_are_scaled(tmp_path: Path) 
     np.testing.assert_array_equal(data.load(tmp_path / "y.h5").images[0, ..., 0], [[0, 100], [255, 1]])
 
 
+def test_floating_point_pixels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would all become black or white without a word."""
+    (tmp_path / "f").mkdir()
+    Image.fromarray(RNG.random((4, 4), np.float32)).save(tmp_path / "f" / "a.tiff")
+    assert "a.tiff: holds floating-point numbers" in failure(capsys, tmp_path / "f", "--out", tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
 def test_split_takes_its_share_of_every_class(tmp_path: Path) -> None:
     images, labels = RNG.integers(0, 256, (100, 2, 2), np.uint8), np.repeat([0, 1], [80, 20]).astype(np.uint8)
     paths = idx(tmp_path / "i", images), idx(tmp_path / "l", labels)
@@ -201,6 +209,7 @@ def test_arguments_that_do_not_go_together(folder: Path, tmp_path: Path, capsys:
     assert "not allowed with" in failure(capsys, folder, "--gray", "--rgb", *out)
     assert "--split" in failure(capsys, folder, "--split", "2", *out)
     assert "--size" in failure(capsys, folder, "--size", "0", *out)
+    assert "there is no folder" in failure(capsys, folder, "--out", tmp_path / "no" / "x.h5")
     assert make(folder, *out) == 0
     assert "exists already" in failure(capsys, folder, *out)
 

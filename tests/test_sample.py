@@ -81,6 +81,17 @@ def test_the_classes_asked_for_in_turn(run: Path, asked: str, labels: list[int])
     assert images.shape == (7, 4, 6, 3) and images.dtype == np.uint8 and found == labels
 
 
+def test_a_class_is_known_by_its_name_before_its_number() -> None:
+    def asked(text: str, *classes: str) -> list[int]:
+        labels = sample._labels(text, classes, 3)
+        assert labels is not None
+        return labels.tolist()
+
+    assert asked("1", "1", "2", "5") == [0, 0, 0] and asked("5,2", "1", "2", "5") == [2, 1, 2]
+    assert asked("0", "1", "2", "5") == [0, 0, 0]  # no such name
+    assert asked("a,b", "x", "a,b") == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "words", [("--sampler", "ddpm"), ("--eta", 1), ("--sampler", "dpm++"), ("--sampler", "ab"), ("--sampler", "heun")]
 )

@@ -171,6 +171,7 @@ def test_dry_run_tells_and_writes_nothing(images: Path, reference: None, capsys:
     )
     assert f"{count.net.params.count:,}" in out
     assert sorted(p.name for p in images.parent.iterdir()) == ["tiny.h5"]
+    assert fails(capsys, [*words(images, sample__steps=2000), "--dry-run"], "[sample]: steps")  # as the run itself would
 
 
 def _tiny(images: Path) -> Any:

@@ -485,10 +485,29 @@ def test_training_fits_a_batch(backend: str) -> None:
         ("channels must be", {"channels": ()}),
         ("even", {"channels": (9, 16), "groups": 1}),
         ("time_dtype must be", {"time_dtype": "float16"}),
+        ("classes must be", {"classes": 2.5}),
+        ("head_dim must be", {"head_dim": 2.0}),
+        ("middle_groups must be", {"middle_groups": -1}),
     ],
 )
 def test_options_out_of_range(words: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=words):
+        small(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("image_size must be a sequence of integers, not 8.0", {"size": 8.0}),
+        ("channels must be a sequence of integers, not 32", {"channels": 32}),
+        ("channels must be a sequence of integers", {"channels": (8.5, 16)}),
+        ("attention must be a sequence of integers, not 4", {"attention": 4}),
+        ("attention_up must be a sequence of integers", {"attention_up": "no"}),
+        ("dropout must be a number, not 'x'", {"dropout": "x"}),
+    ],
+)
+def test_options_of_a_wrong_type(words: str, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=words):
         small(**options)
 
 

@@ -1,6 +1,5 @@
 """`alphabar make-dataset`: images from a folder, or from IDX files, into one HDF5 data set for training."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from alphabar.kernels.counter import permutation
 from alphabar.kernels.streams import ORDER
 from alphabar.tools import dataset_file, idx
 from alphabar.tools.command import Failure, Parser, UserError, program, real
+from alphabar.tools.progress import Progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm"}
 EXAMPLES = """examples:
@@ -152,17 +152,17 @@ def _from_folder(options: Any) -> str:
     split = _test_part(labels, len(files), options.split)
 
     def blocks() -> Iterator[np.ndarray]:
-        from tqdm import tqdm
-
-        for path, _ in tqdm(files, desc="reading", unit="image", disable=options.quiet or not sys.stderr.isatty()):
-            image = _pixels(path, mode, options.size)
-            if image.shape != shape[1:]:
-                raise DataError(
-                    path,
-                    f"is {image.shape[0]}×{image.shape[1]}, {files[0][0].name} is {shape[1]}×{shape[2]}: "
-                    "give --size to bring all to one shape",
-                )
-            yield image[None]
+        with Progress("reading", len(files), 0, options.quiet, "image") as bar:
+            for path, _ in files:
+                image = _pixels(path, mode, options.size)
+                if image.shape != shape[1:]:
+                    raise DataError(
+                        path,
+                        f"is {image.shape[0]}×{image.shape[1]}, {files[0][0].name} is {shape[1]}×{shape[2]}: "
+                        "give --size to bring all to one shape",
+                    )
+                yield image[None]
+                bar.advance()
 
     attributes = {"source": f"folder {options.folder.resolve().name}"}
     dataset_file.write(options.out, shape, blocks(), _columns(labels, split), classes, attributes)

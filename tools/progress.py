@@ -23,9 +23,11 @@ class Progress:
         if not self.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            width = shutil.get_terminal_size((100, 24)).columns
+            width, height = shutil.get_terminal_size((100, 24))  # where a terminal says 0×0, tqdm's own guess hides the bar
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-            self._bar = tqdm(desc=self.name, total=self.total, initial=self.done, bar_format=layout, smoothing=0.05, ncols=width)
+            self._bar = tqdm(
+                desc=self.name, total=self.total, initial=self.done, bar_format=layout, smoothing=0.05, ncols=width, nrows=height
+            )
         return self
 
     def __exit__(self, *exc: Any) -> None:
