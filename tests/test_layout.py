@@ -47,7 +47,7 @@ def test_imports_run_down_only(floor: str) -> None:
             parts = name.split(".")
             if parts[0] == "alphabar" and len(parts) > 1 and parts[1] not in ALLOWED[floor] | {"__version__"}:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-            if parts[0] in FRAMEWORKS and path.name != "gpu_check.py":  # that tool times torch beside us where torch is there
+            if parts[0] in FRAMEWORKS:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, "\n".join(wrong)
 

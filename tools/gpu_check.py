@@ -11,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -150,12 +151,18 @@ def _git_commit() -> str | None:
 
 
 def _torch() -> ModuleType | None:
-    """PyTorch, if it is there and sees the GPU."""
+    """PyTorch, if it is there and sees the GPU. Only the benchmarks' own module imports it."""
     try:
-        import torch
+        torch = _twins().torch
     except (ImportError, OSError):
         return None
     return torch if torch.cuda.is_available() else None
+
+
+def _twins() -> ModuleType:
+    """The kernels as PyTorch functions, from the checkout."""
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+    return importlib.import_module("bench.torch_ops")
 
 
 # -------------------------------------------------------------------------------------------------------------------- correctness
@@ -366,8 +373,7 @@ def _opponents(
     torch: ModuleType, name: str, args: tuple, kwargs: dict[str, Any], deadline: float
 ) -> dict[str, Callable[[], Callable[[], Any]]]:
     """PyTorch's contestants, each made when asked for: eager; with TF32 allowed (convolutions); compiled (all but products)."""
-    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-    from bench import torch_ops
+    torch_ops = _twins()
 
     def send(a: np.ndarray) -> Any:
         table = a.ndim == 2 and a.dtype == np.float64 and name == "step"  # its twin reads the row on the host
