@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import exp, log
@@ -30,15 +29,10 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
-
-
 def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
     from alphabar.kernels.cpu import threads
+    from alphabar.tools.runs import commit
 
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -47,7 +41,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {p: v for p in PACKAGES if (v := _version(p))},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 

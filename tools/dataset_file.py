@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from alphabar.tools.files import replacing
+
 
 def write(
     path: str | os.PathLike[str],
@@ -24,39 +26,34 @@ def write(
     import h5py
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(temporary, "w", libver="v110") as f:
-            for name, values in columns.items():
-                f.create_dataset(name, data=values, track_times=False)
-            for key, value in (attributes or {}).items():
-                f.attrs[key] = value
-            if classes:
-                plain = not any("," in name for name in classes)
-                f.attrs["classes"] = ",".join(classes) if plain else [name.encode() for name in classes]
-            plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plan.set_layout(h5py.h5d.CONTIGUOUS)
-            plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            plan.set_obj_track_times(False)
-            images = h5py.h5d.create(f.id, b"images", h5py.h5t.STD_U8LE, h5py.h5s.create_simple(shape), plan)
-            offset, size = images.get_offset(), images.get_storage_size()
-        written = 0
-        with open(temporary, "r+b") as raw:
-            raw.seek(offset)
-            for block in blocks:
-                if block.dtype != np.uint8 or block.shape[1:] != shape[1:]:
-                    raise ValueError(f"a block must be uint8 (n, {shape[1:]}), not {block.dtype} of shape {block.shape}")
-                written += raw.write(np.ascontiguousarray(block).data)
-            if written != size:
-                raise ValueError(f"the blocks hold {written} bytes, want {size}")
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            with h5py.File(temporary, "w", libver="v110") as f:
+                for name, values in columns.items():
+                    f.create_dataset(name, data=values, track_times=False)
+                for key, value in (attributes or {}).items():
+                    f.attrs[key] = value
+                if classes:
+                    plain = not any("," in name for name in classes)
+                    f.attrs["classes"] = ",".join(classes) if plain else [name.encode() for name in classes]
+                plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                plan.set_layout(h5py.h5d.CONTIGUOUS)
+                plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+                plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                plan.set_obj_track_times(False)
+                images = h5py.h5d.create(f.id, b"images", h5py.h5t.STD_U8LE, h5py.h5s.create_simple(shape), plan)
+                offset, size = images.get_offset(), images.get_storage_size()
+            written = 0
+            with open(temporary, "r+b") as raw:
+                raw.seek(offset)
+                for block in blocks:
+                    if block.dtype != np.uint8 or block.shape[1:] != shape[1:]:
+                        raise ValueError(f"a block must be uint8 (n, {shape[1:]}), not {block.dtype} of shape {block.shape}")
+                    written += raw.write(np.ascontiguousarray(block).data)
+                if written != size:
+                    raise ValueError(f"the blocks hold {written} bytes, want {size}")
+                raw.flush()
+                os.fsync(raw.fileno())
     except RuntimeError as e:  # so h5py names an error of the disk where it closes a file
-        temporary.unlink(missing_ok=True)
         raise OSError(str(e)) from e
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path

@@ -48,6 +48,7 @@ _make_importable()
 from alphabar import kernels  # noqa: E402
 from alphabar.kernels import TABLE, accuracy  # noqa: E402
 from alphabar.kernels.compile import FOLDER, require_gpu, source  # noqa: E402
+from alphabar.tools.runs import commit  # noqa: E402
 
 SECTIONS = ("noise", "accuracy", "sanitizer", "bench", "train")
 SANITIZERS = ("memcheck", "racecheck")
@@ -125,7 +126,7 @@ def environment(cupy: ModuleType, options: argparse.Namespace) -> Report:
     torch = _torch()
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": options.commit or _git_commit(),
+        "commit": options.commit or commit(),
         "device": properties["name"].decode(),
         "compute_capability": f"{properties['major']}.{properties['minor']}",
         "multiprocessors": properties["multiProcessorCount"],
@@ -140,14 +141,6 @@ def environment(cupy: ModuleType, options: argparse.Namespace) -> Report:
         "python": platform.python_version(),
         "sources_sha256": hashlib.sha256("".join(source(f) for f in sorted(FOLDER.glob("*.cu"))).encode()).hexdigest(),
     }
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() or None
 
 
 def _torch() -> ModuleType | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from alphabar.tools.files import replacing
+
 PAPER, INK, GREY, BLUE = (255, 255, 255), (30, 30, 30), (200, 200, 200), (31, 94, 168)
 TILE = 56  # pixels that a small image is enlarged to, about
 
@@ -82,11 +84,6 @@ def curve(steps: Sequence[int], values: Sequence[float], title: str) -> Any:
 def write(page: Any, path: str | os.PathLike[str]) -> Path:
     """Write a PIL image as PNG, by a temporary file, so that a viewer never meets half a picture."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         page.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path

@@ -29,6 +29,7 @@ from alphabar.tools import config as configs
 from alphabar.tools import pictures
 from alphabar.tools.command import UserError
 from alphabar.tools.config import Config
+from alphabar.tools.files import replacing
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "h5py", "pillow", "tqdm", "threadpoolctl", "cupy-cuda12x", "cupy-cuda13x")
 
@@ -104,13 +105,8 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def environment(device: str, step: int) -> dict[str, Any]:
@@ -126,7 +122,7 @@ def environment(device: str, step: int) -> dict[str, Any]:
         "from_step": step,
         "command": shlex.join(sys.argv),
         "alphabar": alphabar.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "libraries": versions,
         "platform": platform.platform(),
@@ -138,7 +134,8 @@ def environment(device: str, step: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in; None where it lies in none, or git is not there."""
     root = Path(alphabar.__file__).parent
     if not (root / ".git").exists():
         return None
