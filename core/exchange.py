@@ -7,8 +7,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_foreign, is_native, native, restore
-from .schedules import Schedule
+from ..kernels.arrays import array_module, is_foreign, is_native, native, restore, to_numpy
+from .levels import Levels, Tabulated
 
 Array = Any
 P = ParamSpec("P")
@@ -18,10 +18,12 @@ R = TypeVar("R")
 def exchanged(f: Callable[P, R]) -> Callable[P, R]:
     """``f`` for arrays of any library that speaks DLPack: NumPy or CuPy inside, the kind of its first argument back.
 
-    Raises TypeError unless that argument is an array and ``s``, where there is one, a schedule.
+    Raises TypeError unless that argument is an array and ``s``, where there is one, of the class that it is annotated with.
     """
-    names = tuple(inspect.signature(f).parameters)
+    parameters = inspect.signature(f).parameters
+    names = tuple(parameters)
     place = names.index("s") if "s" in names else len(names)
+    wanted = parameters["s"].annotation if "s" in names else Levels
 
     @functools.wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -29,7 +31,7 @@ def exchanged(f: Callable[P, R]) -> Callable[P, R]:
         if not is_foreign(kind) and not isinstance(kind, np.generic) and not is_native(kind) and (args or names[0] in kwargs):
             raise TypeError(f"{names[0]} must be an array, not {type(kind).__name__}")
         if len(args) > place or "s" in kwargs:
-            check_schedule(args[place] if len(args) > place else kwargs["s"])
+            check_schedule(args[place] if len(args) > place else kwargs["s"], wanted)
         if not any(map(is_foreign, (*args, *kwargs.values()))):
             return f(*args, **kwargs)
         result: Any = f(*map(native, args), **{k: native(v) for k, v in kwargs.items()})
@@ -38,8 +40,11 @@ def exchanged(f: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def check_schedule(s: Any) -> None:
-    if not isinstance(s, Schedule):
+def check_schedule(s: Any, wanted: type = Levels) -> None:
+    """TypeError unless ``s`` is a process of the class wanted."""
+    if not isinstance(s, wanted):
+        if isinstance(s, Levels):
+            raise TypeError(f"s must be a Schedule or a Ladder, whose steps are counted, not {type(s).__name__}")
         raise TypeError(f"s must be a Schedule (schedules.linear() for one), not {type(s).__name__}")
 
 
@@ -75,3 +80,21 @@ def column(values: np.ndarray, t: Any, x: Array, low: int = 0) -> Any:
     if isinstance(t, int):
         return float(values[t])
     return lift(array_module(t).asarray(values)[t], x)
+
+
+def level_columns(s: Levels, t: Any, x: Array, low: int = 0) -> tuple[Any, Any]:
+    """(signal, noise) at t as factors of ``x``: whole times of a table, any times in [0, T] of a continuous process."""
+    if isinstance(s, Tabulated):
+        return column(s.signal, t, x, low), column(s.noise, t, x, low)
+    signal, noise = s.levels(real_times(t, s, x.shape[0] if x.ndim else None))
+    return lift(signal, x), lift(noise, x)
+
+
+def real_times(t: Any, s: Levels, batch: int | None) -> np.ndarray:
+    """``t`` as float64 on the host, a number or (B,), within [0, T]."""
+    values = to_numpy(t)
+    if values.dtype.kind not in "iuf":
+        raise TypeError(f"t must be a number or an array of numbers, not {values.dtype}")
+    if values.shape != () and (values.ndim != 1 or (batch is not None and len(values) != batch)):
+        raise ValueError(f"t must be a number or have shape ({'B' if batch is None else batch},), not {values.shape}")
+    return s.check(values)

@@ -12,8 +12,8 @@ from .. import kernels
 from ..kernels import counter, streams
 from ..kernels.arrays import array_module, is_native
 from .convert import convert, eps_from_score, predict_eps_from_x0, predict_x0_from_eps, score_from_eps, training_target
-from .exchange import Array, check_times, column, exchanged, lift
-from .schedules import Schedule
+from .exchange import Array, check_times, column, exchanged, lift, real_times
+from .levels import Levels, Tabulated, step_variance
 
 __all__ = [
     "convert",
@@ -63,7 +63,7 @@ def _noised(
 def q_sample(
     x0: Array,
     t: Any,
-    s: Schedule,
+    s: Levels,
     seed: int = 0,
     eps: Array | None = None,
     step: int = 0,
@@ -71,18 +71,24 @@ def q_sample(
     out: Array | None = None,
     eps_out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """(x_t, ε) with x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε. Eq: S0-E18, S0-U2, S0-E39, S0-E48, S1-E7, S2-E4, S3-E9, S4-E17.
+    """(x_t, ε) with x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε, or a(t)·x0 + n(t)·ε of any process.
 
-    x0 (B, …) float; t an int or (B,) integers in 0..T. ε is ``eps`` (like x0) or drawn from (seed, step, first_sample + place in
-    the batch). ``out`` and ``eps_out`` receive the results where given. Raises ValueError for a t outside 0..T, TypeError for a
+    Eq: S0-E18, S0-U2, S0-E39, S0-E48, S1-E7, S2-E4, S3-E9, S4-E17, S0-E9.
+
+    x0 (B, …) float; t an int or (B,) integers in 0..T, any numbers there where ``s`` is continuous. ε is ``eps`` (like x0) or
+    drawn from (seed, step, first_sample + place in the batch). ``out`` and ``eps_out`` receive the results where given. Raises ValueError for a t outside 0..T, TypeError for a
     non-float x0.
     """
-    return _noised(x0, t, 0, s.signal, s.noise, eps, seed, step, first_sample, out, eps_out)
+    if isinstance(s, Tabulated):
+        return _noised(x0, t, 0, s.signal, s.noise, eps, seed, step, first_sample, out, eps_out)
+    batch = x0.shape[0] if x0.ndim else 1
+    signal, noise = s.levels(np.broadcast_to(real_times(t, s, batch), batch))
+    return _noised(x0, np.arange(batch), 0, signal, noise, eps, seed, step, first_sample, out, eps_out)
 
 
 @exchanged
 def q_step(
-    x: Array, t: Any, s: Schedule, seed: int = 0, eps: Array | None = None, step: int | None = None, first_sample: int = 0
+    x: Array, t: Any, s: Tabulated, seed: int = 0, eps: Array | None = None, step: int | None = None, first_sample: int = 0
 ) -> tuple[Array, Array]:
     """(x_t, ε) from x = x_{t−1}: x_t = √α_t·x_{t−1} + √β_t·ε. Eq: S0-E17, S0-E38, S1-E1, S1-E4, S3-E1, S4-E2, S4-E12.
 
@@ -95,8 +101,13 @@ def q_step(
     return _noised(x, t, 1, np.sqrt(s.alpha), np.sqrt(s.beta), eps, seed, step, first_sample, None, None)
 
 
-def random_times(n: int, s: Schedule, seed: int = 0, step: int = 0) -> np.ndarray:
-    """n training times t ~ U{1..T}, int64, that depend on (seed, step) alone. Eq: S1-A1, S4-A1."""
+def random_times(n: int, s: Levels, seed: int = 0, step: int = 0) -> np.ndarray:
+    """n training times that depend on (seed, step) alone. Eq: S1-A1, S4-A1.
+
+    t ~ U{1..T}, int64, for a table; t ~ U[t_min, T), float64, for a continuous process (Eq: S4-E68).
+    """
+    if not isinstance(s, Tabulated):
+        return s.t_min + (s.T - s.t_min) * counter.uniform(n, seed, step, streams.TIMES)
     return counter.integers(n, 1, s.T + 1, seed, step, streams.TIMES)
 
 
@@ -107,7 +118,7 @@ def merge_noise(first: tuple[float, float], second: tuple[float, float]) -> tupl
 
 
 @exchanged
-def q_posterior(x0: Array, x_t: Array, t: Any, s: Schedule) -> tuple[Array, Any]:
+def q_posterior(x0: Array, x_t: Array, t: Any, s: Tabulated) -> tuple[Array, Any]:
     """(μ̃_t, β̃_t): the mean and the variance of q(x_{t−1}|x_t, x_0), t in 1..T. Eq: S0-E28, S1-E10, S1-E12, S3-E5, S3-E7, S4-E14.
 
         μ̃_t = √ᾱ_{t−1}·β_t/(1−ᾱ_t)·x0 + √α_t·(1−ᾱ_{t−1})/(1−ᾱ_t)·x_t,   β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t)·β_t
@@ -121,7 +132,7 @@ def q_posterior(x0: Array, x_t: Array, t: Any, s: Schedule) -> tuple[Array, Any]
 
 
 @exchanged
-def posterior_mean_from_eps(x_t: Array, eps: Array, t: Any, s: Schedule) -> Array:
+def posterior_mean_from_eps(x_t: Array, eps: Array, t: Any, s: Tabulated) -> Array:
     """μ = 1/√α_t·(x_t − β_t/√(1−ᾱ_t)·ε), t in 1..T. Eq: S0-E28, S0-E29, S1-E14, S1-E16, S3-E8, S4-E74.
 
     ε is the noise of the whole map x_0 → x_t, not that of step t.
@@ -137,7 +148,7 @@ def p_mean_variance(
     output: Array,
     x_t: Array,
     t: Any,
-    s: Schedule,
+    s: Tabulated,
     prediction: str = "eps",
     variance: str = "posterior",
     clip: tuple[float, float] | None = None,
@@ -160,7 +171,7 @@ def p_mean_variance(
 # ------------------------------------------------------------------------------------------------------------------------- DDIM
 
 
-def ddim_sigma(t: Any, t_to: Any, s: Schedule, eta: float = 1.0) -> Any:
+def ddim_sigma(t: Any, t_to: Any, s: Levels, eta: float = 1.0) -> Any:
     """σ = η·√((1−ᾱ_to)/(1−ᾱ_t))·√(1−ᾱ_t/ᾱ_to), the noise of the step t → t_to < t. Eq: S0-U1, S2-U3, S2-E16, S3-E13, S4-E48.
 
     η multiplies the standard deviation (some code has it multiply the variance: there η means the square of this one). η = 1 on
@@ -170,19 +181,13 @@ def ddim_sigma(t: Any, t_to: Any, s: Schedule, eta: float = 1.0) -> Any:
     return eta * (noise_to / noise) * ddim_sigma_hat(t, t_to, s)
 
 
-def ddim_sigma_hat(t: Any, t_to: Any, s: Schedule) -> Any:
+def ddim_sigma_hat(t: Any, t_to: Any, s: Levels) -> Any:
     """σ̂ = √(1−ᾱ_t/ᾱ_to), larger than σ(η = 1). Eq: S2-U5."""
     return np.sqrt(step_variance(*s.levels(t), *s.levels(t_to)))
 
 
-def step_variance(signal: Any, noise: Any, signal_to: Any, noise_to: Any) -> Any:
-    """β = 1 − ᾱ_t/ᾱ_to of the jump between two levels, to full precision at both ends of the schedule. Eq: S0-C20, S2-U5."""
-    near_data = signal > noise
-    return np.where(near_data, (noise**2 - noise_to**2) / signal_to**2, 1 - (signal / signal_to) ** 2)
-
-
 @exchanged
-def ddim_posterior(x0: Array, x_t: Array, t: Any, t_to: Any, s: Schedule, sigma: float) -> tuple[Array, float]:
+def ddim_posterior(x0: Array, x_t: Array, t: Any, t_to: Any, s: Tabulated, sigma: float) -> tuple[Array, float]:
     """(mean, σ²) of q_σ(x_to|x_t, x_0). Eq: S0-E41, S2-E7, S3-E11, S3-E12, S4-E38, S4-E45.
 
         mean = √ᾱ_to·x0 + √(1−ᾱ_to−σ²)·(x_t − √ᾱ_t·x0)/√(1−ᾱ_t)

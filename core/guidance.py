@@ -12,8 +12,8 @@ import numpy as np
 from ..kernels import counter, streams
 from ..kernels.arrays import array_module, native, restore
 from .convert import score_from_eps
-from .exchange import Array, column, exchanged
-from .schedules import Schedule
+from .exchange import Array, exchanged, level_columns
+from .levels import Levels
 
 Model = Callable[[Array, Array], Array]
 
@@ -68,15 +68,15 @@ def drop_condition(y: Array, null: Any, p: float, seed: int = 0, step: int = 0) 
 
 
 @exchanged
-def classifier_guided_eps(eps: Array, gradient: Array, t: Any, s: Schedule, w: float = 1.0) -> Array:
+def classifier_guided_eps(eps: Array, gradient: Array, t: Any, s: Levels, w: float = 1.0) -> Array:
     """ε̃ = ε − w·√(1−ᾱ_t)·∇_x log p(c|x_t), t an int or (B,) in 0..T. Eq: S0-E33, S3-C10.
 
     ``gradient`` is that of a classifier trained on noisy x_t. With the conditional ε, w is w + 1 with the unconditional.
     """
-    return eps - w * column(s.noise, t, eps) * gradient
+    return eps - w * level_columns(s, t, eps)[1] * gradient
 
 
 @exchanged
-def implicit_classifier_score(eps_cond: Array, eps_uncond: Array, t: Any, s: Schedule) -> Array:
+def implicit_classifier_score(eps_cond: Array, eps_uncond: Array, t: Any, s: Levels) -> Array:
     """∇_x log p(c|x_t) = ∇ log p(x_t|c) − ∇ log p(x_t) = −(ε_c − ε_u)/√(1−ᾱ_t), t in 1..T. Eq: S0-E34, S0-E36."""
     return score_from_eps(eps_cond - eps_uncond, t, s)

@@ -11,7 +11,7 @@ import numpy as np
 from ..kernels.arrays import array_module, restore
 from .exchange import Array, check_times, exchanged, lift
 from .forward import ddim_sigma
-from .schedules import Schedule
+from .levels import Tabulated
 
 
 @exchanged
@@ -43,7 +43,7 @@ def simple_loss(output: Array, eps: Array) -> tuple[Array, Array]:
     return weighted_loss(output, eps)
 
 
-def eps_loss_weight(t: Any, s: Schedule, variance: str = "posterior") -> Any:
+def eps_loss_weight(t: Any, s: Tabulated, variance: str = "posterior") -> Any:
     """β_t²/(2σ_t²·α_t·(1−ᾱ_t)), with which ‖ε − ε_θ‖² is the term L_{t−1} of the bound. Eq: S0-E30, S1-E20, S1-E21, S4-E20.
 
     σ_t² = β̃_t ("posterior", t ≥ 2 since β̃_1 = 0) or β_t ("beta", t ≥ 1). t an int or an integer array; float64. It multiplies
@@ -57,7 +57,7 @@ def eps_loss_weight(t: Any, s: Schedule, variance: str = "posterior") -> Any:
     return _at(values, t, low)
 
 
-def ddim_loss_weight(t: Any, s: Schedule, eta: float = 1.0) -> Any:
+def ddim_loss_weight(t: Any, s: Tabulated, eta: float = 1.0) -> Any:
     """γ_t of the theorem L_vlb(σ) = Σ γ_t·E‖ε − ε_θ‖² + C for σ = ddim_sigma(η), t ≥ 2, η > 0. Eq: S0-E46, S0-P11, S2-C9.
 
         γ_t = (1−ᾱ_t)/(2σ_t²ᾱ_t)·(√ᾱ_{t−1} − √(ᾱ_t(1−ᾱ_{t−1}−σ_t²)/(1−ᾱ_t)))²
@@ -73,7 +73,7 @@ def ddim_loss_weight(t: Any, s: Schedule, eta: float = 1.0) -> Any:
     return _at(np.r_[0.0, 0.0, values], t, 2)
 
 
-def min_snr_weight(t: Any, s: Schedule, gamma: float = 5.0, prediction: str = "eps") -> Any:
+def min_snr_weight(t: Any, s: Tabulated, gamma: float = 5.0, prediction: str = "eps") -> Any:
     """min(SNR_t, γ) on x0's squared error, as the weight on that of ``prediction``; SNR = ᾱ/(1−ᾱ). Source: Hang et al. 2023."""
     snr = np.r_[np.inf, s.alpha_bar[1:] / s.noise_variance[1:]]
     scales = {"x0": np.ones_like(snr), "eps": snr, "v": snr + 1}

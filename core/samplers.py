@@ -15,12 +15,21 @@ from .table import Table
 Model = Callable[[Array, Array], Array]
 
 
-def prior(shape: tuple[int, ...], seed: int = 0, first_sample: int = 0, dtype: Any = np.float32, xp: ModuleType = np) -> Array:
-    """x_T ~ N(0, I) of ``shape`` (B, …), a NumPy array or with ``xp=cupy`` a CuPy one. Eq: S0-C12, S2-C8.
+def prior(
+    shape: tuple[int, ...],
+    seed: int = 0,
+    first_sample: int = 0,
+    dtype: Any = np.float32,
+    xp: ModuleType = np,
+    std: float = 1.0,
+) -> Array:
+    """x_T ~ N(0, std²·I) of ``shape`` (B, …), a NumPy array or with ``xp=cupy`` a CuPy one. Eq: S0-C12, S2-C8.
 
     Sample k depends on (seed, first_sample + k) alone, so a batch may be split in any way. The values are float32 in every dtype.
+    ``std`` is the ``prior_std`` of the process: 1 for schedules, σ_T for a ladder (Eq: S4-E65).
     """
-    return kernels.normals(xp.empty(shape, dtype), seed, step=0, stream=streams.PRIOR, first_sample=first_sample)
+    x = kernels.normals(xp.empty(shape, dtype), seed, step=0, stream=streams.PRIOR, first_sample=first_sample)
+    return x if std == 1 else x * x.dtype.type(std)
 
 
 def sample(

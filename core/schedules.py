@@ -1,110 +1,35 @@
-"""Noise schedules: β_t, α_t = 1 − β_t and ᾱ_t = α_1…α_t as float64 tables of length T+1 whose index 0 is clean data.
+"""Noise schedules: β_t, α_t = 1 − β_t and ᾱ_t = α_1…α_t as float64 tables of length T+1 whose index 0 is clean data; ladders σ_t.
 
 Time counts t = 1..T as in the papers; ᾱ_0 = 1. The signal level is √ᾱ_t and the noise level √(1−ᾱ_t).
 """
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-SPACINGS = ("leading", "linspace", "trailing", "quadratic")
+from .levels import SPACINGS, Ladder, Levels, Schedule, timesteps, whole_steps
+
+__all__ = [
+    "SPACINGS",
+    "Ladder",
+    "Levels",
+    "PriorGap",
+    "Schedule",
+    "cosine",
+    "from_betas",
+    "from_sigmas",
+    "geometric",
+    "linear",
+    "prior_gap",
+    "scaled_linear",
+    "sigmoid",
+    "timesteps",
+    "zero_terminal_snr",
+]
+
 LARGE_GAP = 0.01  # nats per dimension between q(x_T) and the prior, from which a builder warns
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """A noise schedule. Eq: S0-E17, S0-E18, S1-E3, S3-E2, S3-E7.
-
-    ``beta`` has length T+1 with beta[0] = 0. Derived, all float64 of the same length: ``alpha`` = 1 − β, ``alpha_bar`` = ∏ α,
-    ``signal`` = √ᾱ, ``noise`` = √(1−ᾱ), ``beta_tilde`` = (1−ᾱ_{t−1})/(1−ᾱ_t)·β_t (a variance; 0 at t = 1). Raises ValueError
-    unless 0 < β_t < 1 for t = 1..T; β_T = 1 is taken too, a chain that ends in pure noise (zero terminal signal).
-    """
-
-    beta: np.ndarray
-    name: str = "custom"
-
-    def __post_init__(self) -> None:
-        beta = np.array(self.beta, np.float64)
-        if beta.ndim != 1 or beta.size < 2 or beta[0] != 0:
-            raise ValueError(f"beta must have shape (T+1,) with T >= 1 and beta[0] = 0, not shape {beta.shape}")
-        bad = ~((beta[1:] > 0) & (beta[1:] < 1))
-        bad[-1] &= beta[-1] != 1
-        if bad.any():
-            t = 1 + int(np.flatnonzero(bad)[0])
-            raise ValueError(f"beta must lie in (0, 1), but beta[{t}] = {beta[t]}")
-        beta.setflags(write=False)
-        object.__setattr__(self, "beta", beta)
-
-    @property
-    def T(self) -> int:
-        """The number of steps of the forward process."""
-        return self.beta.size - 1
-
-    @cached_property
-    def alpha(self) -> np.ndarray:
-        return _frozen(1 - self.beta)
-
-    @cached_property
-    def alpha_bar(self) -> np.ndarray:
-        return _frozen(np.cumprod(self.alpha))
-
-    @cached_property
-    def signal(self) -> np.ndarray:
-        return _frozen(np.sqrt(self.alpha_bar))
-
-    @cached_property
-    def noise(self) -> np.ndarray:
-        return _frozen(np.sqrt(self.noise_variance))
-
-    @cached_property
-    def noise_variance(self) -> np.ndarray:
-        """1 − ᾱ_t, summed in logarithms, which keeps the digits that 1 − ᾱ loses at small t."""
-        with np.errstate(divide="ignore"):
-            return _frozen(-np.expm1(np.cumsum(np.log1p(-self.beta))))
-
-    @cached_property
-    def beta_tilde(self) -> np.ndarray:
-        rest = self.noise_variance
-        return _frozen(np.r_[0.0, rest[:-1] / rest[1:] * self.beta[1:]])
-
-    @cached_property
-    def sigma_bar(self) -> np.ndarray:
-        """σ̄_t = √((1−ᾱ_t)/ᾱ_t), the noise level of x/√ᾱ: the time variable of the probability-flow ODE. Eq: S2-E14."""
-        with np.errstate(divide="ignore"):
-            return _frozen(self.noise / self.signal)
-
-    def levels(self, t: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(signal, noise) at times t in [0, T], float64; between whole times σ̄ is interpolated linearly in t."""
-        t = np.asarray(t, np.float64)
-        if not np.all((t >= 0) & (t <= self.T)):
-            raise ValueError(f"t must be in 0..{self.T}, not {t.min()}..{t.max()}")
-        whole = np.rint(t).astype(np.int64)
-        signal, noise = self.signal[whole], self.noise[whole]
-        between = t != whole
-        if np.any(between):
-            sigma = np.interp(t, np.arange(self.T + 1), self.sigma_bar)
-            between_signal = 1 / np.sqrt(1 + sigma**2)
-            signal, noise = np.where(between, between_signal, signal), np.where(between, sigma * between_signal, noise)
-        return signal, noise
-
-    def time(self, sigma: Any) -> np.ndarray:
-        """The time at which σ̄ = sigma: the inverse of :meth:`levels`."""
-        sigma = np.asarray(sigma, np.float64)
-        if not np.all((sigma >= 0) & (sigma <= self.sigma_bar[-1])):
-            raise ValueError(f"sigma must be in 0..{self.sigma_bar[-1]}, not {sigma.min()}..{sigma.max()}")
-        return np.interp(sigma, self.sigma_bar, np.arange(self.T + 1.0))
-
-    def __repr__(self) -> str:
-        return f"Schedule({self.name}, alpha_bar[{self.T}]={self.alpha_bar[-1]:.4g})"
-
-
-def _frozen(a: np.ndarray) -> np.ndarray:
-    a.setflags(write=False)
-    return a
 
 
 class PriorGap(NamedTuple):
@@ -149,14 +74,6 @@ def _build(betas: Sequence[float] | np.ndarray, name: str) -> Schedule:
     return s
 
 
-def _steps(T: int) -> int:
-    if isinstance(T, bool) or not isinstance(T, (int, np.integer)):
-        raise TypeError(f"T must be an int, not {type(T).__name__}")
-    if T < 1:
-        raise ValueError(f"T must be at least 1, not {T}")
-    return int(T)
-
-
 def _factor(T: int, rescale: bool) -> float:
     return 1000 / T if rescale else 1.0
 
@@ -167,23 +84,23 @@ def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, resc
     The two ends belong to T = 1000. For another T, ``rescale=True`` multiplies every β by 1000/T, which keeps ᾱ_T near its value
     there; without it ᾱ_T changes, with a warning where the gap to the prior grows large. Source: Ho et al. 2020, section 4.
     """
-    return _build(np.linspace(beta_start, beta_end, _steps(T)) * _factor(T, rescale), "linear")
+    return _build(np.linspace(beta_start, beta_end, whole_steps(T)) * _factor(T, rescale), "linear")
 
 
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, rescale: bool = False) -> Schedule:
     """√β_t linear between the roots of the two ends; ``rescale`` as in :func:`linear`. Source: Rombach et al. 2022."""
-    return _build(np.linspace(beta_start**0.5, beta_end**0.5, _steps(T)) ** 2 * _factor(T, rescale), "scaled_linear")
+    return _build(np.linspace(beta_start**0.5, beta_end**0.5, whole_steps(T)) ** 2 * _factor(T, rescale), "scaled_linear")
 
 
 def sigmoid(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = False) -> Schedule:
     """β_t = beta_start + (beta_end − beta_start)/(1 + e^{−u}), u linear from −6 to 6; ``rescale`` as in :func:`linear`."""
-    u = np.linspace(-6, 6, _steps(T))
+    u = np.linspace(-6, 6, whole_steps(T))
     return _build((beta_start + (beta_end - beta_start) / (1 + np.exp(-u))) * _factor(T, rescale), "sigmoid")
 
 
 def cosine(T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """β_t = min(1 − f(t)/f(t−1), max_beta), f(t) = cos²((t/T + offset)/(1 + offset)·π/2). Source: Nichol & Dhariwal 2021."""
-    f = np.cos((np.arange(_steps(T) + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
+    f = np.cos((np.arange(whole_steps(T) + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
     return _build(np.minimum(1 - f[1:] / f[:-1], max_beta), "cosine")
 
 
@@ -198,27 +115,20 @@ def zero_terminal_snr(s: Schedule) -> Schedule:
     return Schedule(np.r_[0.0, 1 - alpha_bar / np.r_[1.0, alpha_bar[:-1]]], f"zero_terminal_snr({s.name})")
 
 
-def timesteps(T: int, steps: int = 50, spacing: str = "leading") -> np.ndarray:
-    """``steps`` of the times 1..T, ascending and unique (int64): the sub-sequence τ of a sampler. Eq: S0-C20, S2-C16, S4-E43.
+def from_sigmas(sigmas: Sequence[float] | np.ndarray, name: str = "custom") -> Ladder:
+    """The ladder of these noise levels, given in either order: all positive, no two equal. Eq: S0-E9, S4-E63."""
+    values = np.asarray(sigmas, np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.all(values > 0):
+        raise ValueError(f"sigmas must be a list of positive numbers, not {sigmas!r}")
+    return Ladder(np.r_[0.0, values if values[0] <= values[-1] else values[::-1]], name)
 
-    leading    k·⌊T/S⌋ + 1, k = 0..S−1 (starts below T: x_T is taken for a sample of a smaller time)
-    linspace   round(linspace(0, T−1, S)) + 1, both ends kept
-    trailing   round(k·T/S), k = 1..S: ends at T
-    quadratic  max(⌊T·i²/S²⌋, τ_{i−1} + 1), i = 1..S: dense near the data, ends at T
+
+def geometric(sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Ladder:
+    """The ladder of T noise levels with a constant ratio from ``sigma_min`` to ``sigma_max``. Eq: S0-C9, S4-E63.
+
+    The defaults are those of Song & Ermon 2019, section 5; for images in [−1, 1] a larger σ_max spans the data (see
+    :func:`alphabar.core.langevin.ncsnv2_settings`).
     """
-    T = _steps(T)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise TypeError(f"steps must be an int, not {type(steps).__name__}")
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be in 1..{T} (T), not {steps}")
-    k = np.arange(steps, dtype=np.int64)
-    if spacing == "leading":
-        return k * (T // steps) + 1
-    if spacing == "linspace":
-        return np.rint(np.linspace(0, T - 1, steps)).astype(np.int64) + 1
-    if spacing == "trailing":
-        return np.rint((k + 1) * (T / steps)).astype(np.int64)
-    if spacing == "quadratic":
-        floor = T * (k + 1) ** 2 // int(steps) ** 2
-        return np.maximum.accumulate(np.maximum(floor - k, 1)) + k
-    raise ValueError(f"spacing must be one of {SPACINGS}, not {spacing!r}")
+    if not 0 < sigma_min < sigma_max < np.inf:
+        raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+    return Ladder(np.r_[0.0, np.geomspace(sigma_min, sigma_max, whole_steps(T))], "geometric")

@@ -9,7 +9,7 @@ import numpy as np
 from ..kernels.reference import ROW
 from .convert import PREDICTIONS, coefficients
 
-TOLERANCE = 2e-14  # of the laws, relative to the sum of the terms: a stray noise of c = 1e-6 shows as 1e-12
+TOLERANCE = 2e-14  # of the laws, relative to the sum of the terms and the levels: a stray noise of c = 1e-6 shows as 1e-12
 COLUMNS = ("t", "signal", "noise", "signal_to", "noise_to", "A", "B0", "Be", "c", "excess")
 
 
@@ -23,8 +23,8 @@ class Table:
         x' = A·x + B0·x0 + Be·ε + Σ_k H_k·y_{−k} + c·z,    z ~ N(0, I)
 
     Columns are float64 of length R (H is (R, 3)); ``history`` says whether y is "x0" or "eps". The constructor checks that values
-    are finite, that each row starts where the one before ends, that levels move one way, that a sampler ends at clean data
-    without noise, and, where ``exact``, the laws of a correct step: a true x0 and ε give signal_to·x0 and variance noise_to²,
+    are finite, that each row starts where the one before ends, that levels move one way, and, where ``exact``, that a sampler
+    ends at clean data without noise and the laws of a correct step: true x0 and ε give signal_to·x0 and variance noise_to²,
 
         A·signal + B0 [+ ΣH if history is x0] = signal_to,    (A·noise + Be [+ ΣH if history is eps])² + c² = noise_to² + excess.
 
@@ -79,14 +79,15 @@ class Table:
         if self.descends:
             ends = (self.signal_to[-1], self.noise_to[-1], self.c[-1]) == (1, 0, 0)
             last = np.arange(len(self)) == len(self) - 1
-            self._refuse(last & (not ends), "the last row must end at clean data (1, 0) with c = 0")
+            self._refuse(last & self.exact & (not ends), "the last row must end at clean data (1, 0) with c = 0")
         past, on_x0 = self.H.sum(axis=1), self.history == "x0"
         size = np.abs(self.H).sum(axis=1) + np.abs(self.A) + np.abs(self.B0) + np.abs(self.Be) + 1
+        square = np.maximum(1, np.maximum(self.noise, self.noise_to) ** 2)
         mean = self.A * self.signal + self.B0 + on_x0 * past - self.signal_to
         self._refuse(self.exact & (np.abs(mean) > TOLERANCE * size), "the signal law fails: A·signal + B0 (+ ΣH) = signal_to")
         spread = (self.A * self.noise + self.Be + (not on_x0) * past) ** 2 + self.c**2 - self.noise_to**2 - self.excess
         law = "the noise law fails: (A·noise + Be (+ ΣH))² + c² = noise_to² + excess"
-        self._refuse(self.exact & (np.abs(spread) > TOLERANCE * size), law)
+        self._refuse(self.exact & (np.abs(spread) > TOLERANCE * size * square), law)
 
     def _refuse(self, bad: np.ndarray, law: str) -> None:
         if bad.any():

@@ -1,12 +1,12 @@
 """Samplers as tables: one short function for each paper. Nothing here loops over an image or knows a device; see :class:`Table`.
 
-Common arguments: ``s`` the schedule; ``steps`` and ``spacing`` the times, as in :func:`schedules.timesteps`, or ``grid`` the
-ascending times themselves, in (0, T] (where one is not whole, the levels are interpolated: :meth:`Schedule.levels`);
-``prediction`` what the model returns: "eps", "x0", "v" or "score". Every sampler steps down its times and from the lowest one to
-clean data.
+Common arguments: ``s`` the process, a schedule, a ladder or an SDE; ``steps`` and ``spacing`` the times, as in
+:func:`schedules.timesteps`, or ``grid`` the ascending times themselves, in (0, T] (between whole times the levels are
+interpolated: :meth:`Schedule.levels`); ``prediction`` what the model returns: "eps", "x0", "v" or "score". Every sampler steps
+down its times and from the lowest one to clean data.
 
-The levels are a = √ᾱ (signal) and n = √(1−ᾱ) (noise); σ̄ = n/a is the noise level of x/a, in which the probability-flow ODE reads
-d(x/a) = ε dσ̄ (Eq: S2-E14).
+The levels are a (signal) and n (noise), √ᾱ and √(1−ᾱ) for a schedule; σ̄ = n/a is the noise level of x/a, in which the
+probability-flow ODE reads d(x/a) = ε dσ̄ (Eq: S2-E14).
 """
 
 from collections.abc import Sequence
@@ -14,47 +14,49 @@ from typing import Any
 
 import numpy as np
 
-from . import forward, schedules
+from . import forward
 from .exchange import check_schedule
-from .schedules import Schedule
+from .levels import Levels, Tabulated, step_variance
 from .table import Table, table
 
 __all__ = ["Table", "adams_bashforth", "ddim", "ddim_encode", "ddpm", "dpm_solver_pp", "euler", "euler_maruyama", "heun"]
 
 Grid = Sequence[float] | np.ndarray | None
 KARRAS_RHO = 7.0
+CONTINUOUS_STEPS = 1000
 GAUSS_POINTS, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(4)
 
 
-def _times(s: Schedule, steps: int | None, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
-    """(ascending times as float64, how they were made); ``steps`` None is T."""
+def _times(s: Levels, steps: int | None, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
+    """(ascending times as float64, how they were made); ``steps`` None is T, 1000 for a continuous process."""
     check_schedule(s)
-    steps = s.T if steps is None else steps
+    if steps is None:
+        steps = s.T if isinstance(s, Tabulated) else CONTINUOUS_STEPS
     if grid is None:
-        return schedules.timesteps(s.T, steps, spacing).astype(np.float64), f"steps={steps}, {spacing}"
+        return s.times(steps, spacing), f"steps={steps}, {spacing}"
     times = np.array(grid, np.float64)
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise ValueError(f"grid must be a list of times, not an array of shape {times.shape}")
     if times[0] <= 0 or times[-1] > s.T or np.any(np.diff(times) <= 0):
-        raise ValueError(f"grid must ascend strictly within (0, {s.T}], not {times[0]:g}..{times[-1]:g}")
+        raise ValueError(f"grid must ascend strictly within (0, {s.T:g}], not {times[0]:g}..{times[-1]:g}")
     return times, f"steps={times.size}, grid"
 
 
-def _ode_times(s: Schedule, steps: int, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
+def _ode_times(s: Levels, steps: int, spacing: str, grid: Grid) -> tuple[np.ndarray, str]:
     """As :func:`_times`, for solvers that may stop between whole times: "linspace" is not rounded and "karras" is a choice."""
     check_schedule(s)
     if grid is None and spacing in ("linspace", "karras"):
-        schedules.timesteps(s.T, steps)  # checks steps
-        times = np.linspace(0, s.T - 1, steps) + 1
+        s.times(steps, "linspace")  # checks steps
+        times = np.linspace(s.t_min, s.T, steps) if steps > 1 else np.array([s.t_min])
         if spacing == "karras":  # σ̄ between the same ends, equal steps of σ̄^(1/ρ); Karras et al. 2022, Eq. 5
-            low, high = s.sigma_bar[[1, -1]]
+            low, high = s.sigma_bar_at([s.t_min, s.T])
             ramp = np.linspace(high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO), steps)[::-1] ** KARRAS_RHO
             times = s.time(np.clip(ramp, low, high))
         return times, f"steps={steps}, {spacing}"
     return _times(s, steps, spacing, grid)
 
 
-def _down(s: Schedule, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _down(s: Levels, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(t, t_to, a, n): the steps T → … → 0; a and n have one level more than there are steps."""
     path = np.r_[times[::-1], 0.0]
     a, n = s.levels(path)
@@ -71,7 +73,7 @@ def _sigma_bar(a: np.ndarray, n: np.ndarray, name: str) -> np.ndarray:
 
 
 def ddpm(
-    s: Schedule,
+    s: Levels,
     steps: int | None = None,
     variance: str = "posterior",
     spacing: str = "leading",
@@ -89,7 +91,7 @@ def ddpm(
         raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
     times, how = _times(s, steps, spacing, grid)
     t, t_to, a, n = _down(s, times)
-    shrink, beta = (n[1:] / n[:-1]) ** 2, forward.step_variance(a[:-1], n[:-1], a[1:], n[1:])
+    shrink, beta = (n[1:] / n[:-1]) ** 2, step_variance(a[:-1], n[:-1], a[1:], n[1:])
     posterior = shrink * beta
     excess = np.where(t_to > 0, beta - posterior, 0.0) if variance == "beta" else np.zeros_like(beta)
     A, B0 = a[:-1] / a[1:] * shrink, a[1:] * beta / n[:-1] ** 2
@@ -98,7 +100,7 @@ def ddpm(
 
 
 def ddim(
-    s: Schedule,
+    s: Levels,
     steps: int = 50,
     eta: float = 0.0,
     spacing: str = "leading",
@@ -128,7 +130,7 @@ def ddim(
 
 
 def ddim_encode(
-    s: Schedule, steps: int = 50, spacing: str = "leading", grid: Grid = None, prediction: str = "eps", label: str = "target"
+    s: Levels, steps: int = 50, spacing: str = "leading", grid: Grid = None, prediction: str = "eps", label: str = "target"
 ) -> Table:
     """DDIM with η = 0 run forwards, clean data to x_T: x' = √ᾱ_to·x0 + √(1−ᾱ_to)·ε. Eq: S2-E13, S2-C15, S2-C17.
 
@@ -148,7 +150,7 @@ def ddim_encode(
 # -------------------------------------------------------------------------------------------------- the probability-flow ODE
 
 
-def euler(s: Schedule, steps: int = 50, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps") -> Table:
+def euler(s: Levels, steps: int = 50, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps") -> Table:
     """x'/a' = x/a + (σ̄' − σ̄)·ε, which is x' = a'·x0 + n'·ε: order 1. Eq: S2-E13, S2-E14.
 
     ``spacing`` may also be "karras" (steps of σ̄^(1/7)); "linspace" may stop between whole times, so the model then gets floats.
@@ -158,7 +160,7 @@ def euler(s: Schedule, steps: int = 50, spacing: str = "linspace", grid: Grid = 
     return table(f"euler({how})", prediction, t, a, n, B0=a[1:], Be=n[1:])
 
 
-def heun(s: Schedule, steps: int = 25, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps") -> Table:
+def heun(s: Levels, steps: int = 25, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps") -> Table:
     """Euler to σ̄', then x'/a' += ½(σ̄' − σ̄)·(ε' − ε): order 2, two rows a step, 2·steps − 1 in all (the last is Euler's).
 
     Spacings as in :func:`euler`. Source: Karras et al. 2022, Algorithm 1. Eq: S2-E14.
@@ -178,7 +180,7 @@ def heun(s: Schedule, steps: int = 25, spacing: str = "linspace", grid: Grid = N
 
 
 def dpm_solver_pp(
-    s: Schedule,
+    s: Levels,
     steps: int = 20,
     order: int = 2,
     spacing: str = "linspace",
@@ -200,9 +202,9 @@ def dpm_solver_pp(
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, not {order}")
     if grid is None and spacing != "karras":
-        if drop_lowest and steps == s.T:
+        if drop_lowest and steps == s.T and isinstance(s, Tabulated):
             raise ValueError(f"steps must be below {s.T} (T) with drop_lowest, not {steps}")
-        times = schedules.timesteps(s.T, steps + drop_lowest, spacing)[int(drop_lowest) :].astype(np.float64)
+        times = s.times(steps + drop_lowest, spacing)[int(drop_lowest) :]
         how = f"steps={steps}, {spacing}"
     else:
         times, how = _ode_times(s, steps, spacing, grid)
@@ -230,7 +232,7 @@ def dpm_solver_pp(
 
 
 def adams_bashforth(
-    s: Schedule, steps: int = 25, order: int = 2, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps"
+    s: Levels, steps: int = 25, order: int = 2, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps"
 ) -> Table:
     """x'/a' = x/a + Σ_j w_j·ε_{−j}, w_j = ∫ L_j dσ̄, L_j the Lagrange polynomials of the last ``order`` σ̄.
 
@@ -262,7 +264,7 @@ def _lagrange_integrals(nodes: np.ndarray, stop: float) -> np.ndarray:
 
 
 def euler_maruyama(
-    s: Schedule, steps: int | None = None, spacing: str = "trailing", grid: Grid = None, prediction: str = "eps"
+    s: Levels, steps: int | None = None, spacing: str = "trailing", grid: Grid = None, prediction: str = "eps"
 ) -> Table:
     """Euler–Maruyama on the reverse VP-SDE: x' = (1 + B/2)·x + B·score + √B·z, B = ln(ᾱ_to/ᾱ_t) = ∫β. Eq: S4-E66, S4-E69.
 
