@@ -76,8 +76,8 @@ def q_sample(
     Eq: S0-E18, S0-U2, S0-E39, S0-E48, S1-E7, S2-E4, S3-E9, S4-E17, S0-E9.
 
     x0 (B, …) float; t an int or (B,) integers in 0..T, any numbers there where ``s`` is continuous. ε is ``eps`` (like x0) or
-    drawn from (seed, step, first_sample + place in the batch). ``out`` and ``eps_out`` receive the results where given. Raises ValueError for a t outside 0..T, TypeError for a
-    non-float x0.
+    drawn from (seed, step, first_sample + place in the batch). ``out`` and ``eps_out`` receive the results where given. Raises
+    ValueError for a t outside 0..T, TypeError for a non-float x0.
     """
     if isinstance(s, Tabulated):
         return _noised(x0, t, 0, s.signal, s.noise, eps, seed, step, first_sample, out, eps_out)
