@@ -1,23 +1,29 @@
-"""Networks: the tape, the differentiable functions, layers, the U-Net, optimisers, checkpoints."""
+"""Networks: the tape, the differentiable functions, layers, the U-Net and the MLP, derivatives, optimisers, checkpoints."""
 
-from .autograd import Tensor, no_grad
+from .autograd import Tensor, backward, no_grad
 from .checkpoint import CheckpointError
 from .diffusers import load_diffusers_unet, save_diffusers_unet
 from .gradcheck import gradcheck
 from .layers import ParameterStore, time_features
+from .mlp import MLP
 from .optim import AdamW, learning_rate
+from .products import jvp, vjp
 from .unet import UNet
 
 __all__ = [
+    "MLP",
     "AdamW",
     "CheckpointError",
     "ParameterStore",
     "Tensor",
     "UNet",
+    "backward",
     "gradcheck",
+    "jvp",
     "learning_rate",
     "load_diffusers_unet",
     "no_grad",
     "save_diffusers_unet",
     "time_features",
+    "vjp",
 ]

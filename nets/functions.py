@@ -1,6 +1,7 @@
 """The differentiable functions: forward and backward side by side, for NumPy and CuPy arrays alike, NHWC.
 
 Gradients carry a ``d``: dy is ∂L/∂y. A function's ``pull(dy)`` gives its inputs their share; what it computes stands above it.
+Where an input carries a tangent, ``push()`` makes the output's, ẏ = J·ẋ, from recorded functions: the tangent has a gradient too.
 """
 
 from functools import lru_cache
@@ -11,23 +12,22 @@ from typing import Any
 from .. import kernels
 from ..kernels import buffers, streams
 from ..kernels.arrays import array_module
+from . import tangents
 from .autograd import Tensor, record
+from .tangents import total, zero_or
 
 Array = Any
 Pad = tuple[int, int] | None
 
 
 def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, upsample: bool = False, pad: Pad = None) -> Tensor:
-    """y = w * x + b; x (B, H, W, Cin), w (k, k, Cin, Cout) with k 1 or 3, b (Cout,); ``upsample`` doubles x first.
-
-    w and b need gradients both or neither.
-    """
+    """y = w * x + b; x (B, H, W, Cin), w (k, k, Cin, Cout) with k 1 or 3, b (Cout,); ``upsample`` doubles x first."""
     kernel = w.shape[0]
     y = kernels.conv2d(x.data, w.data, None if b is None else b.data, stride, upsample, pad)
 
     # y is linear in x and in w: dx and dw are the two transposes, db the sum over all places.
     def pull(dy: Array) -> None:
-        if w.needs_grad:
+        if w.needs_grad or (b is not None and b.needs_grad):
             dw, db = kernels.conv2d_backward_weight(x.data, dy, kernel, stride, upsample, pad)
             w.receive(dw)
             if b is not None:
@@ -35,37 +35,73 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, upsam
         if x.needs_grad:
             x.receive(kernels.conv2d_backward_input(dy, w.data, x.shape, stride, upsample, pad))
 
-    return record(y, (x, w) if b is None else (x, w, b), pull)
+    # ẏ = w * ẋ + (ẇ * x + ḃ)
+    def push() -> Tensor:
+        of_x = of_w = None
+        if x.tangent is not None:
+            of_x = conv2d(x.tangent, w, None, stride, upsample, pad)
+        if w.tangent is not None or (b is not None and b.tangent is not None):
+            of_w = conv2d(x, zero_or(w.tangent, w), None if b is None else b.tangent, stride, upsample, pad)
+        return total(of_x, of_w)
+
+    return record(y, (x, w) if b is None else (x, w, b), pull, push)
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """y = x w + b; x (B, in), w (in, out), b (out,). The product is the 1×1 convolution of a 1×1 image."""
     image, matrix = (x.shape[0], 1, 1, x.shape[1]), (1, 1, *w.shape)
-    y = kernels.conv2d(x.data.reshape(image), w.data.reshape(matrix), b.data).reshape(x.shape[0], w.shape[1])
+    bias = None if b is None else b.data
+    y = kernels.conv2d(x.data.reshape(image), w.data.reshape(matrix), bias).reshape(x.shape[0], w.shape[1])
 
     # dw = xᵀ dy, db = Σ_B dy, dx = dy wᵀ
     def pull(dy: Array) -> None:
         dy = dy.reshape(x.shape[0], 1, 1, w.shape[1])
-        if w.needs_grad:
+        if w.needs_grad or (b is not None and b.needs_grad):
             dw, db = kernels.conv2d_backward_weight(x.data.reshape(image), dy, 1)
             w.receive(dw.reshape(w.shape))
-            b.receive(db)
+            if b is not None:
+                b.receive(db)
         if x.needs_grad:
             x.receive(kernels.conv2d_backward_input(dy, w.data.reshape(matrix), image).reshape(x.shape))
 
-    return record(y, (x, w, b), pull)
+    # ẏ = ẋ w + (x ẇ + ḃ)
+    def push() -> Tensor:
+        of_x = of_w = None
+        if x.tangent is not None:
+            of_x = linear(x.tangent, w)
+        if w.tangent is not None or (b is not None and b.tangent is not None):
+            of_w = linear(x, zero_or(w.tangent, w), None if b is None else b.tangent)
+        return total(of_x, of_w)
+
+    return record(y, (x, w) if b is None else (x, w, b), pull, push)
 
 
 def silu(x: Tensor) -> Tensor:
     """y = x·σ(x), any shape."""
-    xp = array_module(x.data)
-    s = 1 / (1 + xp.exp(-xp.clip(x.data, -80, None)))  # exp of more than 80 would leave float32
+    s = tangents.sigmoid(x.data)
 
     # σ' = σ(1 − σ), so dy/dx = σ + x·σ(1 − σ) = σ·(1 + x·(1 − σ))
     def pull(dy: Array) -> None:
         x.receive(dy * (s * (1 + x.data * (1 - s))))
 
-    return record(x.data * s, (x,), pull)
+    def push() -> Tensor:
+        return tangents.silu_tangent(x, total(x.tangent))
+
+    return record(x.data * s, (x,), pull, push)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """y = tanh(x), any shape."""
+    y = array_module(x.data).tanh(x.data)
+
+    # dy/dx = 1 − y²
+    def pull(dy: Array) -> None:
+        x.receive(dy * (1 - y * y))
+
+    def push() -> Tensor:
+        return tangents.tanh_tangent(x, y, total(x.tangent))
+
+    return record(y, (x,), pull, push)
 
 
 def group_norm_silu(
@@ -94,7 +130,24 @@ def group_norm_silu(
             emb.receive(dscale, at=(slice(None), slice(at, at + channels)))
             emb.receive(dshift, at=(slice(None), slice(at + channels, at + 2 * channels)))
 
-    return record(y, (x, gamma, beta) if emb is None else (x, gamma, beta, emb), pull)
+    # ṅ = x̂'·γ + (x̂·γ̇ + β̇), v̇ = ṅ·(1 + scale) + (n·ṡcale + ṡhift), ẏ = silu'(v)·v̇
+    def push() -> Tensor:
+        of_x = of_affine = of_emb = None
+        if x.tangent is not None:
+            of_x = tangents.scale_columns(tangents.normalised_tangent(x, x.tangent, groups, mean, rstd), gamma)
+        if gamma.tangent is not None or beta.tangent is not None:
+            of_affine = group_norm_silu(x, zero_or(gamma.tangent, gamma), zero_or(beta.tangent, beta), groups, eps, False)
+        dot = None if of_x is None and of_affine is None else total(of_x, of_affine)
+        if emb is not None:
+            if dot is not None:
+                dot = total(dot, tangents.scale_columns(dot, emb, at))
+            if emb.tangent is not None:
+                n = group_norm_silu(x, gamma, beta, groups, eps, False)
+                of_emb = add_columns(tangents.scale_columns(n, emb.tangent, at), emb.tangent, at + channels)
+        dot = total(dot, of_emb)
+        return tangents.silu_tangent(group_norm_silu(x, gamma, beta, groups, eps, False, emb, at), dot) if silu else dot
+
+    return record(y, (x, gamma, beta) if emb is None else (x, gamma, beta, emb), pull, push)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -110,11 +163,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None =
         for z, dz in zip((q, k, v), kernels.attention_backward(do.reshape(tokens), *saved, o, lse, scale), strict=True):
             z.receive(dz.reshape(shape))
 
-    return record(o.reshape(shape), (q, k, v), pull)
+    # ȯ = Ṗ v + P v̇ with Ṡ = scale·(q̇ kᵀ + q k̇ᵀ) and Ṗ = P∘(Ṡ − Σ_k P∘Ṡ). Here the T×T arrays are kept.
+    def push() -> Tensor:
+        factor = tokens[-1] ** -0.5 if scale is None else scale
+        qh, kh, vh = tangents.split_heads(q, heads, factor), tangents.split_heads(k, heads), tangents.split_heads(v, heads)
+        p = tangents.softmax(tangents.matmul_turned(qh, kh))
+        of_q = of_k = of_v = of_p = None
+        if q.tangent is not None:
+            of_q = tangents.matmul_turned(tangents.split_heads(q.tangent, heads, factor), kh)
+        if k.tangent is not None:
+            of_k = tangents.matmul_turned(qh, tangents.split_heads(k.tangent, heads))
+        if of_q is not None or of_k is not None:
+            of_p = tangents.matmul(tangents.softmax_tangent(p, total(of_q, of_k)), vh)
+        if v.tangent is not None:
+            of_v = tangents.matmul(p, tangents.split_heads(v.tangent, heads))
+        return tangents.join_heads(total(of_p, of_v), shape)
+
+    return record(o.reshape(shape), (q, k, v), pull, push)
 
 
 def add(a: Tensor, b: Tensor, inplace: bool = False) -> Tensor:
-    """y = a + b of equal shapes. ``inplace`` writes y over b: only where what made b does not need b for its own gradient."""
+    """y = a + b of equal shapes. ``inplace`` writes y over b: only where what made b does not need b for its own gradient.
+
+    Tangents are never written over: they may be shared.
+    """
     xp = array_module(a.data)
     y = xp.add(a.data, b.data, out=b.data if inplace else buffers.empty(a.shape, a.data.dtype, xp))
 
@@ -123,7 +195,10 @@ def add(a: Tensor, b: Tensor, inplace: bool = False) -> Tensor:
         a.receive(dy)
         b.receive(dy)
 
-    return record(y, (a, b), pull)
+    def push() -> Tensor:
+        return total(a.tangent, b.tangent)
+
+    return record(y, (a, b), pull, push)
 
 
 def add_columns(x: Tensor, emb: Tensor, at: int, inplace: bool = False) -> Tensor:
@@ -140,7 +215,10 @@ def add_columns(x: Tensor, emb: Tensor, at: int, inplace: bool = False) -> Tenso
             emb.receive(xp.einsum("bpc->bc", dy.reshape(batch, prod(x.shape[1:-1]), channels)), at=part)
         x.receive(dy)
 
-    return record(y, (x, emb), pull)
+    def push() -> Tensor:
+        return total(x.tangent) if emb.tangent is None else add_columns(zero_or(x.tangent, x), emb.tangent, at)
+
+    return record(y, (x, emb), pull, push)
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
@@ -158,7 +236,10 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
             dx[...] = part
             x.receive(dx)
 
-    return record(y, (a, b), pull)
+    def push() -> Tensor:
+        return concat(zero_or(a.tangent, a), zero_or(b.tangent, b))
+
+    return record(y, (a, b), pull, push)
 
 
 def embedding(table: Tensor, index: Array) -> Tensor:
@@ -171,7 +252,10 @@ def embedding(table: Tensor, index: Array) -> Tensor:
         dw, _ = kernels.conv2d_backward_weight(onehot[:, None, None], dy[:, None, None], 1)
         table.receive(dw[0, 0])
 
-    return record(table.data[index], (table,), pull)
+    def push() -> Tensor:
+        return embedding(total(table.tangent), index)
+
+    return record(table.data[index], (table,), pull, push)
 
 
 @lru_cache(maxsize=64)
@@ -195,4 +279,7 @@ def dropout(x: Tensor, rate: float, seed: int, step: int, layer: int, first_samp
     def pull(dy: Array) -> None:
         x.receive(dy * mask * factor)
 
-    return record(x.data * mask * factor, (x,), pull)
+    def push() -> Tensor:
+        return dropout(total(x.tangent), rate, seed, step, layer, first_sample)
+
+    return record(x.data * mask * factor, (x,), pull, push)

@@ -141,10 +141,10 @@ def _glorot(fan_in: int, fan_out: int) -> float:
 
 
 class Linear:
-    """y = x w + b; x (B, n_in)."""
+    """y = x w + b; x (B, n_in). ``zero`` starts it at zero."""
 
-    def __init__(self, store: ParameterStore, name: str, n_in: int, n_out: int) -> None:
-        self.weight = store.declare(f"{name}.weight", (n_in, n_out), _glorot(n_in, n_out))
+    def __init__(self, store: ParameterStore, name: str, n_in: int, n_out: int, zero: bool = False) -> None:
+        self.weight = store.declare(f"{name}.weight", (n_in, n_out), 0.0 if zero else _glorot(n_in, n_out))
         self.bias = store.declare(f"{name}.bias", (n_out,))
 
     def __call__(self, x: Tensor) -> Tensor:

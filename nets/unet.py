@@ -234,7 +234,8 @@ class UNet:
     ) -> Tensor:
         """The network's output, recorded for a backward pass unless under ``no_grad``.
 
-        x (B, H, W, in_channels) of the network's dtype, or a Tensor of it (with ``needs_grad`` for the gradient of the input);
+        x (B, H, W, in_channels) of the network's dtype, or a Tensor of it (with ``needs_grad`` for the gradient of the input,
+        with a ``tangent`` v for the Jacobian–vector product J v, which is the output's ``tangent``);
         t (B,) the paper's times 1..T, integers or floats; y (B,) labels, None for the null class. ``step`` is the training step
         (from 0) and turns dropout on: its masks depend on the network's seed, the step and the place in the batch, counted from
         ``first_sample``. Returns (B, H, W, out_channels). Raises ValueError or TypeError for arguments that do not fit.
