@@ -45,6 +45,19 @@ class Levels(ABC):
         """The variance that the process adds from t_to to t > t_to."""
         return step_variance(*self.levels(t), *self.levels(t_to))
 
+    def increments(self, t: Any, t_to: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(F, G) = (∫f, ∫g²) from t_to to t > t_to of the SDE dx = f·x dt + g dw that has these levels.
+
+        F = ln(a_t/a_to); G = v·B/(1 − e^(−B)) with v the :meth:`step_variance` and B = −2F, exact where f = 0 (a ladder: G = v)
+        and where g² is a multiple of f (a schedule: G = B). Raises ValueError where no signal is left.
+        """
+        (a, n), (a_to, n_to) = self.levels(t), self.levels(t_to)
+        if np.any(a == 0):
+            raise ValueError("t must be where some signal is left (alpha_bar > 0)")
+        B = 2 * np.log(a_to / a)
+        ratio = np.divide(B, -np.expm1(-B), out=np.ones_like(B), where=B != 0)
+        return -B / 2, step_variance(a, n, a_to, n_to) * ratio
+
     def check(self, t: Any) -> np.ndarray:
         """``t`` as float64; ValueError outside [0, T]."""
         t = np.asarray(t, np.float64)

@@ -44,6 +44,7 @@ def sample(
     first_sample: int = 0,
     guidance: Callable[[Array, Array], Array] | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    before: Callable[[Array, int], Array] | None = None,
 ) -> Array:
     """Run ``table`` from x_T, one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
 
@@ -56,6 +57,7 @@ def sample(
     trajectory: return every state, (rows + 1, *x_T.shape), x_T first, instead of the last one.
     guidance: guidance(x, t) returns a gradient to add to the model's score, e.g. w·∇ log p(c|x_t). Eq: S0-E33.
     progress: called as progress(rows done, rows).
+    before: before(x, i) returns the state to go on with ahead of row i, a correction of x or x itself.
 
     Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
     """
@@ -78,10 +80,12 @@ def sample(
         states[0] = x
     history: tuple[Array, ...] = ()
     for i in range(len(table)):
+        if before is not None:
+            x[...] = answer_of(before(restore(x, x_T), i), x, "before")
         t = restore(xp.full(x.shape[0], times[i]), x_T)
         state = restore(x, x_T)
-        m = _answer(model(state, t), x, "model")
-        gradient = None if guidance is None else _answer(guidance(state, t), x, "guidance")
+        m = answer_of(model(state, t), x, "model")
+        gradient = None if guidance is None else answer_of(guidance(state, t), x, "guidance")
         if gradient is not None and (depth or clip is not None):  # the stored and the bounded x0 must be guided too
             m, gradient = m + float(on_output[i]) * gradient, None
         z = None if table.c[i] == 0 else True if given is None else given[i]
@@ -97,7 +101,7 @@ def sample(
     return restore(x if states is None else states, x_T)
 
 
-def _answer(value: Any, x: Array, name: str) -> Array:
+def answer_of(value: Any, x: Array, name: str) -> Array:
     """What ``name`` returned, as a native array like x; one of another float dtype is cast (a float64 factor is soon met)."""
     a = native(value)
     if not is_native(a):

@@ -10,7 +10,6 @@ probability-flow ODE reads d(x/a) = ε dσ̄ (Eq: S2-E14).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,19 @@ from .exchange import check_schedule
 from .levels import Levels, Tabulated, step_variance
 from .table import Table, table
 
-__all__ = ["Table", "adams_bashforth", "ddim", "ddim_encode", "ddpm", "dpm_solver_pp", "euler", "euler_maruyama", "heun"]
+__all__ = [
+    "Table",
+    "adams_bashforth",
+    "ddim",
+    "ddim_encode",
+    "ddpm",
+    "dpm_solver_pp",
+    "euler",
+    "euler_maruyama",
+    "heun",
+    "reverse_diffusion",
+    "rk4",
+]
 
 Grid = Sequence[float] | np.ndarray | None
 KARRAS_RHO = 7.0
@@ -84,8 +95,9 @@ def ddpm(
 
         β = 1 − ᾱ_t/ᾱ_to,    x' = √(1−β)·(1−ᾱ_to)/(1−ᾱ_t)·x + √ᾱ_to·β/(1−ᾱ_t)·x0 + σz
 
-    ``steps`` defaults to T. ``variance``: "posterior" σ² = β̃ = (1−ᾱ_to)/(1−ᾱ_t)·β, or "beta" σ² = β. No noise in the last step.
-    Source: Ho et al. 2020, Algorithm 2.
+    ``steps`` defaults to T, 1000 for an SDE. ``variance``: "posterior" σ² = β̃ = (1−ᾱ_to)/(1−ᾱ_t)·β, or "beta" σ² = β. On a ladder
+    β = σ_t² − σ_to² and β̃ = σ_to²·β/σ_t². No noise in the last step. Source: Ho et al. 2020, Algorithm 2; Song et al. 2021 (score
+    SDE), appendix F.
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
@@ -179,6 +191,34 @@ def heun(s: Levels, steps: int = 25, spacing: str = "linspace", grid: Grid = Non
     return table(f"heun({how})", prediction, t_all, a[levels], n[levels], A=A, B0=B0, Be=Be, H=H)
 
 
+def rk4(s: Levels, steps: int = 12, spacing: str = "linspace", grid: Grid = None, prediction: str = "eps") -> Table:
+    """The classical Runge–Kutta method in σ̄: order 4, four rows a step, 4·steps − 3 in all (the last is Euler's).
+
+        h = σ̄' − σ̄;  k1 = ε(x̄, σ̄), k2 = ε(x̄ + ½h·k1, σ̄ + ½h), k3 = ε(x̄ + ½h·k2, σ̄ + ½h), k4 = ε(x̄ + h·k3, σ̄')
+        x̄' = x̄ + h/6·(k1 + 2·k2 + 2·k3 + k4),    x̄ = x/a
+
+    Spacings as in :func:`euler`; the model is also asked halfway in σ̄ between the times. Eq: S2-E14.
+    """
+    times, how = _ode_times(s, steps, spacing, grid)
+    ends = np.r_[times[::-1], 0.0]
+    sigma_ends = _sigma_bar(*s.levels(ends), "rk4")
+    halfway = s.time((sigma_ends[:-2] + sigma_ends[1:-1]) / 2)
+    path = np.r_[np.stack([ends[:-2], halfway, halfway, ends[1:-1]], axis=1).ravel(), ends[-2:]]  # where rows start and end
+    a, n = s.levels(path)
+    sigma = n / a
+    rows = 4 * len(halfway) + 1
+    A, B0, Be, H = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, 3))
+    first, second, third, fourth = (np.arange(j, rows - 1, 4) for j in range(4))
+    to_middle, h = sigma[second] - sigma[first], sigma[fourth] - sigma[first]
+    for euler_rows in (first, rows - 1):
+        B0[euler_rows], Be[euler_rows] = a[euler_rows + 1], n[euler_rows + 1]
+    A[second], Be[second], H[second, 0] = 1, a[second] * to_middle, -a[second] * to_middle
+    A[third], Be[third], H[third, 0] = a[fourth] / a[third], a[fourth] * h, -a[fourth] * to_middle
+    A[fourth], Be[fourth] = 1, a[fourth] * h / 6
+    H[fourth] = (a[fourth] * h)[:, None] * np.array([-2 / 3, 1 / 3, 1 / 6])
+    return table(f"rk4({how})", prediction, path[:-1], a, n, A=A, B0=B0, Be=Be, H=H)
+
+
 def dpm_solver_pp(
     s: Levels,
     steps: int = 20,
@@ -264,16 +304,65 @@ def _lagrange_integrals(nodes: np.ndarray, stop: float) -> np.ndarray:
 
 
 def euler_maruyama(
-    s: Levels, steps: int | None = None, spacing: str = "trailing", grid: Grid = None, prediction: str = "eps"
+    s: Levels,
+    steps: int | None = None,
+    spacing: str = "trailing",
+    grid: Grid = None,
+    prediction: str = "eps",
+    probability_flow: bool = False,
 ) -> Table:
-    """Euler–Maruyama on the reverse VP-SDE: x' = (1 + B/2)·x + B·score + √B·z, B = ln(ᾱ_to/ᾱ_t) = ∫β. Eq: S4-E66, S4-E69.
+    """Euler–Maruyama on the reverse SDE dx = (f·x − g²·score) dt + g dw̄, dt < 0. Eq: S4-E66, S4-E69, S4-C18.
 
-    ``steps`` defaults to T. The rows carry the marginals only to O(B²), so the laws are not asserted (``exact`` is False). No
-    noise in the last step. Source: Song et al. 2021 (score SDE), Eq. 6.
+        x' = (1 − F)·x + G·score + √G·z,    F = ∫f, G = ∫g² over the step (s.increments)
+
+    For an SDE the integrals are step × the value at t, the textbook scheme; for a schedule F = −B/2 and G = B = ln(ᾱ_to/ᾱ_t);
+    for a ladder F = 0 and G = σ_t² − σ_to². ``probability_flow`` takes half the score and no noise: Euler's method for
+    dx = (f·x − ½g²·score) dt in t. ``steps`` defaults to T, 1000 for an SDE. The rows carry the marginals only to second order in
+    the step, so the laws are not asserted (``exact`` is False). No noise in the last step. Source: Song et al. 2021 (score SDE),
+    Eq. 6 and 13.
     """
     times, how = _times(s, steps, spacing, grid)
     t, t_to, a, n = _down(s, times)
     _sigma_bar(a, n, "euler_maruyama")
-    B: Any = 2 * np.log(a[1:] / a[:-1])
-    c = np.where(t_to > 0, np.sqrt(B), 0.0)
-    return table(f"euler_maruyama({how})", prediction, t, a, n, A=1 + B / 2, Be=-B / n[:-1], c=c, exact=False)
+    F, G = s.increments(t, t_to)
+    return _reverse("euler_maruyama", how, prediction, probability_flow, t, t_to, a, n, 1 - F, G)
+
+
+def reverse_diffusion(
+    s: Levels,
+    steps: int | None = None,
+    spacing: str = "trailing",
+    grid: Grid = None,
+    prediction: str = "eps",
+    probability_flow: bool = False,
+) -> Table:
+    """The forward step x_t = k·x_to + √v·z turned round: x' = (2 − k)·x + v·score + √v·z. Eq: S4-E66, S4-C18.
+
+    k = a_t/a_to and v = n_t² − k²·n_to² are exact: (√α, β) for a schedule, (1, σ_t² − σ_to²) for a ladder. ``probability_flow``,
+    ``steps`` and the last step as in :func:`euler_maruyama`; the laws hold to second order in the step. Source: Song et al. 2021
+    (score SDE), appendix E. Its ancestral sampling (appendix F) is :func:`ddpm`.
+    """
+    times, how = _times(s, steps, spacing, grid)
+    t, t_to, a, n = _down(s, times)
+    _sigma_bar(a, n, "reverse_diffusion")
+    v = step_variance(a[:-1], n[:-1], a[1:], n[1:])
+    return _reverse("reverse_diffusion", how, prediction, probability_flow, t, t_to, a, n, 2 - a[:-1] / a[1:], v)
+
+
+def _reverse(
+    name: str,
+    how: str,
+    prediction: str,
+    probability_flow: bool,
+    t: np.ndarray,
+    t_to: np.ndarray,
+    a: np.ndarray,
+    n: np.ndarray,
+    A: np.ndarray,
+    added: np.ndarray,
+) -> Table:
+    """x' = A·x + added·score + √added·z, or half of the score and no noise."""
+    if probability_flow:
+        return table(f"{name}({how}, probability_flow)", prediction, t, a, n, A=A, Be=-added / (2 * n[:-1]), exact=False)
+    c = np.where(t_to > 0, np.sqrt(added), 0.0)
+    return table(f"{name}({how})", prediction, t, a, n, A=A, Be=-added / n[:-1], c=c, exact=False)

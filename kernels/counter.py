@@ -29,3 +29,14 @@ def integers(n: int, low: int, high: int, seed: int, step: int, stream: int, sam
 def permutation(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
     """A permutation of 0..n−1: the order of ``n`` random words."""
     return np.argsort(bits(n, seed, step, stream, sample), kind="stable")
+
+
+def uniforms(batch: int, n: int, seed: int, step: int, stream: int, first_sample: int = 0) -> np.ndarray:
+    """(batch, n) float64 in [0, 1): row k is ``uniform(n, seed, step, stream, first_sample + k)``."""
+    block = np.arange((n + 1) // 2, dtype=np.uint32)[None]
+    sample = ((np.uint64(first_sample) + np.arange(batch, dtype=np.uint64)) & np.uint64(0xFFFFFFFF)).astype(np.uint32)[:, None]
+    c0, c1 = np.broadcast_arrays(block, sample)
+    words = philox((c0, c1, np.full_like(c0, step), np.full_like(c0, stream)), (seed & 0xFFFFFFFF, seed >> 32))
+    r0, r1, r2, r3 = (r.astype(np.uint64) for r in words)
+    whole = np.stack([(r0 << np.uint64(32)) | r1, (r2 << np.uint64(32)) | r3], axis=2).reshape(batch, 2 * block.shape[1])[:, :n]
+    return (whole >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -12,8 +12,12 @@ ORDER = 4  # permutation of the data; step = epoch
 DROP = 5  # which conditions are dropped; step = training step
 INIT = 6  # initial weights; step = index of the parameter
 DROPOUT = 7  # dropout masks; step = training step
-DENSITY = 8  # samples of a closed-form density; step = 0 (components) or 1 (normals), sample = index of the sample
+DENSITY = 8  # samples of a closed-form density; step = 2·step (components), 2·step + 1 (normals), sample = index of the sample
 PROJECTION = 9  # directions of slices and of Hutchinson's estimate; step = number of the direction, or training step
 CORRECTOR = 10  # Langevin noise of predictor-corrector; step = row, sample = global index of the sample
 DEQUANTIZE = 11  # uniform noise on 8-bit values; step = pass, sample = index of the sample
 PATH = 12  # forward paths of the bound; step = time, sample = index of the sample
+KNOWN = 16  # noise of the known part in inpainting; step = visit of a level, sample = global index of the sample
+RETURN = 17  # noise of RePaint's way back up; step = visit of a level, sample = global index of the sample
+EDIT = 18  # seeds of the repeats of image-to-image editing; step = repeat
+MEASURE = 19  # noise that a tool adds to a measurement; step = 0, sample = index of the image

@@ -74,6 +74,51 @@ class Mixture(Gaussian):
         return self.means[k] + self.stds[k] * rng.standard_normal(n)
 
 
+class ThreeStates:
+    """A chain of T = 3 steps over three states with random tables, small enough to enumerate: the discrete oracle of the bound.
+
+    q0 (3,) and Q[t][i, j] = q(x_t=j|x_{t−1}=i) make the data and the forward chain, prior (3,) and
+    P[t][j, i] = p(x_{t−1}=i|x_t=j) the model. Qbar[t] = Q_1…Q_t. paths (4, 81): every (x_0, …, x_3).
+    """
+
+    T = 3
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+
+        def rows(shape: tuple[int, ...]) -> np.ndarray:
+            m = rng.random(shape) + 0.1
+            return m / m.sum(axis=-1, keepdims=True)
+
+        eye = np.eye(3)
+        self.q0 = rows((3,))
+        self.Q = [eye, *(rows((3, 3)) for _ in range(3))]
+        self.prior = rows((3,))
+        self.P = [eye, *(rows((3, 3)) for _ in range(3))]
+        self.Qbar = [eye]
+        for t in (1, 2, 3):
+            self.Qbar.append(self.Qbar[-1] @ self.Q[t])
+        self.paths = np.indices((3,) * 4).reshape(4, -1)
+
+    def forward(self) -> np.ndarray:
+        """q(x_t|x_{t−1}) along every path, t = 1..T, (3, 81)."""
+        return np.stack([self.Q[t][self.paths[t - 1], self.paths[t]] for t in (1, 2, 3)])
+
+    def reverse(self) -> np.ndarray:
+        """p(x_{t−1}|x_t) along every path, t = 1..T, (3, 81)."""
+        return np.stack([self.P[t][self.paths[t], self.paths[t - 1]] for t in (1, 2, 3)])
+
+    def posterior(self, t: int) -> np.ndarray:
+        """q(x_{t−1}=i|x_t=j, x_0=k) as [k, j, i], by Bayes' rule."""
+        joint = self.Qbar[t - 1][:, None, :] * self.Q[t].T[None]
+        return joint / joint.sum(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="session")
+def three_states() -> ThreeStates:
+    return ThreeStates()
+
+
 @pytest.fixture(scope="session")
 def linear() -> schedules.Schedule:
     return schedules.linear()
