@@ -8,7 +8,7 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
-from .threads import threads
+from .threads import PRODUCTS, alone_below, threads
 from .vector import COLS, NARROW, ROWS, F, column_tile, exp, row_tile
 
 _BLOCK = 4 * ROWS  # rows of the attention matrix held at a time
@@ -143,6 +143,7 @@ def _scale(q, scale):
     return F(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
+@alone_below(PRODUCTS, lambda q, *_, **__: 2 * q.size * q.shape[1])
 def attention(q, k, v, scale=None, out=None):
     batch, length, heads, depth = q.shape
     workers = threads()
@@ -204,6 +205,7 @@ def _differentiate(do, q, k, v, o, lse, scale, dq, dk, dv, turned, plain, scores
             _unpack(dv, n, h, sum_v, F(1))
 
 
+@alone_below(PRODUCTS, lambda do, *_, **__: 5 * do.size * do.shape[1])
 def attention_backward(do, q, k, v, o, lse, scale=None):
     _, length, _, depth = q.shape
     workers = threads()

@@ -15,7 +15,7 @@ from numba import prange
 from .. import buffers
 from ..reference import conv_output_size, conv_padding
 from .jit import jit, loops
-from .threads import threads
+from .threads import PRODUCTS, alone_below, threads
 from .vector import COLS, NARROW, ROWS, F, column_tile, row_tile
 
 _FAR = -(1 << 30)
@@ -194,6 +194,7 @@ def _gathered(x, w, initial, out, stride, upsample, pad, backward):
     return out
 
 
+@alone_below(PRODUCTS, lambda x, w, *_, **__: x.size * w.size // max(1, x.shape[3]))
 def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None):
     kernel = w.shape[0]
     if out is None:
@@ -202,6 +203,7 @@ def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None):
     return _gathered(x, w, bias, out, stride, upsample, pad, False)
 
 
+@alone_below(PRODUCTS, lambda dy, w, *_, **__: dy.size * w.size // max(1, dy.shape[3]))
 def conv2d_backward_input(dy, w, input_shape, stride=1, upsample=False, pad=None, out=None):
     if out is None:
         out = buffers.empty(tuple(input_shape), dy.dtype)
@@ -303,6 +305,7 @@ def _widen(x, wide):
             to[j] = F(0)
 
 
+@alone_below(PRODUCTS, lambda x, dy, kernel, *_, **__: dy.size * x.shape[3] * kernel**2)
 def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, out=None):
     geometry = _geometry(kernel, stride, upsample, pad, False)
     depth, channels, workers = x.shape[3], dy.shape[3], threads()

@@ -13,7 +13,7 @@ from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
 from .jit import jit, loops
 from .random import U, fill, key
-from .threads import threads
+from .threads import ELEMENTS, alone_below, threads
 from .vector import F
 
 MADE, GIVEN = 1, 2
@@ -43,6 +43,7 @@ def _q_sample(x0, a, s, eps, x_t, made, first_sample, step, stream, k0, k1, work
             _forward(x_t[n][start : start + count], x0[n][start : start + count], e, a[n], s[n])
 
 
+@alone_below(ELEMENTS, lambda x0, *_, **__: x0.size)
 def q_sample(x0, t, signal, noise, eps=None, seed=0, step=0, stream=FORWARD, first_sample=0, out=None, eps_out=None):
     made = eps is None
     if made:
@@ -140,6 +141,7 @@ def _step(
             out[n][start:end] = acc
 
 
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
 def step(
     x, m, rows, i, history=(), guidance=None, noise=None, clip=None, seed=0, stream=SAMPLER, first_sample=0, out=None, store=None
 ):

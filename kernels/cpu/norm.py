@@ -10,7 +10,7 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
-from .threads import threads
+from .threads import ELEMENTS, alone_below, threads
 from .vector import F, exp
 
 _ROWS = 8
@@ -97,6 +97,7 @@ def _forward(x, gamma, beta, groups, eps, scale, shift, modulated, silu, y, mean
             _apply(y[n], xs, pivot, factor, offset, silu)
 
 
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
 def group_norm_silu(x, gamma, beta, groups, eps=1e-5, scale=None, shift=None, silu=True, out=None):
     batch, channels, workers = x.shape[0], x.shape[-1], threads()
     y = buffers.empty(x.shape, x.dtype) if out is None else out
@@ -203,6 +204,7 @@ def _backward(
         dbeta[c], dgamma[c] = total_c, product_c
 
 
+@alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
 def group_norm_silu_backward(dy, x, gamma, beta, groups, mean, rstd, scale=None, shift=None, silu=True, out=None):
     batch, channels, workers = x.shape[0], x.shape[-1], threads()
     dx = buffers.empty(x.shape, x.dtype) if out is None else out

@@ -5,6 +5,7 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
+from .threads import ELEMENTS, alone_below
 from .vector import F
 
 _CHUNK = 1 << 15  # one partial sum, whatever the number of threads
@@ -24,6 +25,7 @@ def _sum_squares(x, partial):
         partial[k] = _squares(x[k * _CHUNK : (k + 1) * _CHUNK])
 
 
+@alone_below(ELEMENTS, lambda x: x.size)
 def sum_squares(x):
     partial = buffers.empty((max(1, -(-x.size // _CHUNK)),), np.float64)
     _sum_squares(x.reshape(-1), partial)
@@ -52,6 +54,7 @@ def _adamw(p, g, m, v, ema, clip, b1, b2, shrink, rate, correction, eps, decay):
         _update(p[a:b], g[a:b], m[a:b], v[a:b], ema[a:b], clip, b1, b2, shrink, rate, correction, eps, decay)
 
 
+@alone_below(ELEMENTS, lambda param, *_, **__: param.size)
 def adamw_ema(param, grad, m, v, ema, lr, beta1, beta2, eps, weight_decay, step, ema_decay, norm_sq=None, max_norm=float("inf")):
     clip = 1.0
     if norm_sq is not None and np.isfinite(max_norm):

@@ -9,7 +9,7 @@ from numba import prange
 from ..reference import BLOCK, RUN
 from ..streams import SAMPLER
 from .jit import jit, loops
-from .threads import threads
+from .threads import ELEMENTS, alone_below, threads
 from .vector import F, bits_of, float_of
 
 U = np.uint32
@@ -121,6 +121,7 @@ def key(seed: int) -> tuple[np.uint32, np.uint32]:
     return U(seed & 0xFFFFFFFF), U(seed >> 32)
 
 
+@alone_below(ELEMENTS, lambda out, *_, **__: out.size)
 def normals(out, seed, step=0, stream=SAMPLER, first_sample=0):
     if out.size:
         _normals(out.reshape(out.shape[0], -1), int(first_sample), U(step), U(stream), *key(seed), threads())

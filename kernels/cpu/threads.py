@@ -1,7 +1,10 @@
 """One policy for threads: how many there are, which library runs them, and that only one pool works at a time."""
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 # Measured on the kernels of a small U-Net (8x8 and 4x4 maps, batch 128) with two cores, 2.7 ms a round:
 # - The kernels carry their own matrix products, so Numba's OpenMP pool does all the heavy work. An OpenBLAS worker spins for some
@@ -47,3 +50,28 @@ numba.set_num_threads(min(_wanted, numba.get_num_threads()))
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
 threads = numba.get_num_threads  # how many workers the next parallel loop has; read at each call
+
+# Waking the pool costs some 5 microseconds on idle cores and up to 1 ms where another process holds one (a small MLP ran 13 times
+# slower on two workers than on one there), so work of less than about 30 microseconds stays on the calling thread.
+ELEMENTS = 1 << 15  # of an elementwise kernel
+PRODUCTS = 1 << 21  # multiplications of a matrix product
+
+
+def alone_below(limit: int, work: Callable[..., int]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a kernel: a call whose ``work`` (a function of the same arguments) is less than ``limit`` takes one worker."""
+
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            workers = numba.get_num_threads()
+            if workers == 1 or work(*args, **kwargs) >= limit:
+                return f(*args, **kwargs)
+            numba.set_num_threads(1)
+            try:
+                return f(*args, **kwargs)
+            finally:
+                numba.set_num_threads(workers)
+
+        return call
+
+    return decorate
