@@ -9,8 +9,12 @@ import alphabar
 COMMANDS = {
     "train": ("alphabar.tools.train", "train a model; with no argument, on handwritten digits"),
     "sample": ("alphabar.tools.sample", "draw images from a checkpoint"),
+    "edit": ("alphabar.tools.edit", "encode, interpolate, vary, inpaint and restore images with a checkpoint"),
+    "evaluate": ("alphabar.tools.evaluate", "tell the likelihood of images under a checkpoint, in bits per dimension"),
     "make-dataset": ("alphabar.tools.make_dataset", "make a data set from a folder of images or from IDX files"),
     "info": ("alphabar.tools.info", "tell what a checkpoint, a data set or a run holds"),
+    "equations": ("alphabar.tools.equations", "the documents' equations, with their functions and tests"),
+    "demo": ("alphabar.tools.demo", "compute and draw what the documents claim, one picture each"),
     "gpu-check": ("alphabar.tools.gpu_check", "try everything on this machine's GPU"),
 }
 
