@@ -1,8 +1,8 @@
 """The errata of the source documents about schedules, the forward process, DDPM, DDIM, guidance and losses, by their ledger ids.
 
 Each case computes a quantity from the formula as the document prints it and through the package, and returns both errors with the
-tolerance. The package must be within it; the printed form must be off by more than ten times as much, or not be a number. The
-problems P… of the study note must hold. Ledger ids are those of ``alphabar equations``.
+tolerance. The package must be within it; the printed form must be off by more than ten times as much, or not be a number. The ids
+are those of ``alphabar equations``.
 """
 
 import warnings
@@ -425,87 +425,3 @@ def test_erratum(name):
     printed, ours, tolerance = CASES[name]()
     assert abs(ours) <= tolerance
     assert not abs(printed) <= 10 * tolerance
-
-
-# ------------------------------------------------------------------------------------------------------------------- problems
-
-
-def test_p04_steps_compose_to_the_closed_form():
-    mean, std = 1.0, 0.0
-    for k in range(1, S.T + 1):
-        mean, std = forward.merge_noise((mean, std), (np.sqrt(S.alpha[k]), np.sqrt(S.beta[k])))
-        assert abs(mean - S.signal[k]) < 1e-12 and abs(std - S.noise[k]) < 1e-12
-
-
-def test_p05_unit_variance_stays():
-    unit = np.eye(2)
-    v = 1.0
-    for k in range(1, S.T + 1):
-        x_t, _ = forward.q_step(unit[:1] * np.sqrt(v), k, S, eps=unit[1:])
-        v = np.sum(x_t**2)
-        assert abs(v - 1) < 1e-12
-
-
-def test_p08_posterior_is_gaussian_conditioning():
-    k = np.arange(2, S.T + 1)
-    v, al, be = S.noise_variance[k - 1], S.alpha[k], S.beta[k]
-    gain = np.sqrt(al) * v / (al * v + be)
-    zero, one = np.zeros((k.size, 1)), np.ones((k.size, 1))
-    on_x, var = forward.q_posterior(zero, one, k, S)
-    on_x0, _ = forward.q_posterior(one, zero, k, S)
-    np.testing.assert_allclose(on_x[:, 0], gain, rtol=1e-12)
-    np.testing.assert_allclose(on_x0[:, 0], S.signal[k - 1] - gain * S.signal[k], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(var[:, 0], v - gain * np.sqrt(al) * v, rtol=1e-9, atol=1e-15)
-
-
-def test_p09_score_is_the_mean_noise():
-    """∇ log q(x_t) = −E[ε|x_t]/√(1−ᾱ_t), with E[ε|x_t] by quadrature over x_0."""
-    grid = np.linspace(-6, 6, 20_001)
-    prior = 0.4 * np.exp(log_normal(grid, -1.5, 0.5)) + 0.6 * np.exp(log_normal(grid, 1.0, 0.8))
-
-    def log_q(x, k):
-        return np.log(np.sum(prior * np.exp(log_normal(x, S.signal[k] * grid, S.noise_variance[k]))))
-
-    for k in (100, 500, 900):
-        for x in (-1.2, 0.4):
-            weights = prior * np.exp(log_normal(x, S.signal[k] * grid, S.noise_variance[k]))
-            eps = forward.predict_eps_from_x0(np.array([x]), np.array([np.sum(weights * grid) / weights.sum()]), k, S)
-            assert forward.score_from_eps(eps, k, S)[0] == pytest.approx(slope(lambda x, k=k: log_q(x, k), x), abs=1e-6)
-
-
-def test_p10_ddim_keeps_the_marginals_for_any_sigma():
-    rng = np.random.default_rng(3)
-    mean, var = S.signal[-1], S.noise_variance[-1]
-    for k in range(S.T, 1, -1):
-        sigma = S.noise[k - 1] * np.sqrt(rng.random())
-        on_x = ddim_mean(0, 1, k, k - 1, sigma)
-        mean, var = ddim_mean(1, mean, k, k - 1, sigma), on_x**2 * var + sigma**2
-        assert abs(mean - S.signal[k - 1]) < 1e-9 and abs(var - S.noise_variance[k - 1]) < 1e-9
-
-
-@pytest.mark.parametrize("eta", [1.0, 0.5, 0.1])
-def test_p11_the_bound_is_a_weighted_simple_loss(eta):
-    """KL(q_σ ‖ p_θ) at t is γ_t·‖ε − ε_θ‖², γ_t > 0."""
-    x0, eps, wrong = np.random.default_rng(1).standard_normal((3, 1, 4))
-    assert np.all(losses.ddim_loss_weight(np.arange(2, S.T + 1), S, eta) > 0)
-    for k in (2, 3, 50, 500, 1000):
-        sigma = float(forward.ddim_sigma(k, k - 1, S, eta))
-        x_t, _ = forward.q_sample(x0, k, S, eps=eps)
-        guess = forward.predict_x0_from_eps(x_t, wrong, k, S)
-        means = [forward.ddim_posterior(x, x_t, k, k - 1, S, sigma)[0] for x in (x0, guess)]
-        kl = losses.normal_kl(means[0], sigma**2, means[1], sigma**2)[0]
-        assert losses.ddim_loss_weight(k, S, eta) * np.sum((eps - wrong) ** 2) == pytest.approx(kl, rel=1e-8)
-    if eta == 1.0:
-        k = np.arange(2, S.T + 1)
-        np.testing.assert_allclose(losses.ddim_loss_weight(k, S), losses.eps_loss_weight(k, S), rtol=1e-8)
-        assert losses.ddim_loss_weight(500, S) == pytest.approx(5.5082e-3, rel=1e-4)
-    with pytest.raises(ValueError, match="eta must be in"):
-        losses.ddim_loss_weight(5, S, 0.0)
-
-
-def test_p12_ddim_at_eta_one_has_the_coefficients_of_ddpm():
-    rows = tables.ddim(S, 1000, 1.0).rows()[:-1]
-    k = np.arange(S.T, 1, -1)
-    np.testing.assert_allclose(rows[:, 2], 1 / np.sqrt(S.alpha[k]), rtol=1e-9)
-    np.testing.assert_allclose(rows[:, 4], -S.beta[k] / np.sqrt(S.alpha[k] * S.noise_variance[k]), rtol=1e-9)
-    np.testing.assert_allclose(rows[:, 9], np.sqrt(S.beta_tilde[k]), rtol=1e-9)
