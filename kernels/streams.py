@@ -16,7 +16,7 @@ DENSITY = 8  # samples of a closed-form density; step = 2·step (components), 2�
 PROJECTION = 9  # directions of slices and of Hutchinson's estimate; step = number of the direction, or training step
 CORRECTOR = 10  # Langevin noise of predictor-corrector; step = row, sample = global index of the sample
 DEQUANTIZE = 11  # uniform noise on 8-bit values; step = pass, sample = index of the sample
-PATH = 12  # forward paths of the bound; step = time, sample = index of the sample
+PATH = 12  # forward paths of the bound; step = draw·(rows + 1) + row, sample = index of the sample
 KNOWN = 16  # noise of the known part in inpainting; step = visit of a level, sample = global index of the sample
 RETURN = 17  # noise of RePaint's way back up; step = visit of a level, sample = global index of the sample
 EDIT = 18  # seeds of the repeats of image-to-image editing; step = repeat
