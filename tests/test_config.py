@@ -58,6 +58,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("trian.steps=1", "the nearest is 'train.steps'"),
         ("channel=3", "the nearest is 'model.channels'"),
         ("model.attn=4", "the nearest is 'model.attention'"),
+        ("methods=ncsn", "the nearest is 'method'"),
+        ("method=", "must be one of ddpm, ncsn"),
+        ("method=vpsd", "the nearest is 'vpsde'"),
         ("qqqq=1", "the sections are data, model"),
         ("=", "unknown setting"),
         ("", "section.key=value"),
@@ -97,6 +100,8 @@ def test_mistakes_on_the_command_line(word: str, message: str) -> None:
         ("[trains]\nsteps = 5", "the nearest is 'train.steps'"),
         ("steps = 5", "the nearest is 'train.steps'"),
         ("train = 5", "train must be a table"),
+        ("[method]\nname = 'ncsn'", "must be text"),
+        ("method = 3", "must be text"),
         ("[train]\nsteps = 5.0", "must be a whole number, not 5.0"),
         ("[train]\nsteps = true", "must be a whole number, not True"),
         ("[train]\nlr = true", "must be a number, not True"),
@@ -118,6 +123,29 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as e:
         configs.from_file(file)
     assert message in str(e.value) and str(file) in str(e.value)
+
+
+def test_the_method_stands_at_the_top_and_takes_its_settings_with_it(tmp_path: Path) -> None:
+    c = configs.load(None, ["method=vesde", "diffusion.sigma_max=7", "sample.snr=0.2"])
+    text = configs.to_toml(c)
+    assert text.startswith('method = "vesde"\n') and "sigma_max = 7.0" in text and "snr = 0.2" in text
+    assert "schedule" not in text and "beta_max" not in text and "eta" not in tomllib.loads(text)["sample"]
+    (tmp_path / "c.toml").write_text(text)
+    assert configs.load(tmp_path / "c.toml", []) == c and configs.from_dict(configs.to_dict(c)) == c
+    assert configs.sampler(c) == "pc" and configs.sampler(Config()) == "ddim"
+
+
+def test_what_belongs_to_another_method_is_refused_where_it_would_change_something(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[sample]\nsampler = 'heun'\neta = 0.0\n[diffusion]\nT = 1000\n")  # at their defaults, in an older file
+    assert configs.load(file, ["method=ncsn"]).sample.sampler == "heun"
+    with pytest.raises(ConfigError, match=r"sample\.eta goes with the sampler ddim, not with heun"):
+        configs.load(file, ["sample.eta=0"])
+    file.write_text("method = 'ncsn'\n[diffusion]\nT = 10\n")
+    with pytest.raises(ConfigError, match=r"diffusion\.T goes with the method ddpm, not with ncsn"):
+        configs.load(file, [])
+    with pytest.raises(ConfigError, match=r"sample\.sampler must be one of ddim, .* for method ddpm, not 'langevin'"):
+        configs.load(None, ["sample.sampler=langevin"])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -161,6 +161,41 @@ def test_idx_comes_back(tmp_path: Path, packed: bool) -> None:
         assert loaded.classes == ("a", "b", "c")
 
 
+def test_padding_lies_evenly_around_the_images(folder: Path, tmp_path: Path) -> None:
+    images = RNG.integers(1, 256, (3, 5, 7), np.uint8)
+    for words, value in (([], 0), (["--background", 255], 255)):
+        out = tmp_path / f"{value}.h5"
+        assert make("--images", idx(tmp_path / "i", images), "--pad", "8x11", *words, "--out", out) == 0
+        padded = data.load(out).images[..., 0]
+        assert padded.shape == (3, 8, 11)
+        np.testing.assert_array_equal(padded[:, 1:6, 2:9], images)  # 1 row above and 2 below, 2 columns on either side
+        padded[:, 1:6, 2:9] = value
+        assert (padded == value).all()
+    assert make(folder, "--rgb", "--size", 4, "--pad", 6, "--background", 9, "--out", tmp_path / "f.h5") == 0
+    loaded = data.load(tmp_path / "f.h5")
+    assert loaded.shape == (6, 6, 3) and (loaded.images[:, 0] == 9).all() and (loaded.images[:, :, 5] == 9).all()
+    assert make(folder, "--size", 4, "--out", tmp_path / "g.h5", "--rgb") == 0
+    np.testing.assert_array_equal(loaded.images[:, 1:5, 1:5], data.load(tmp_path / "g.h5").images)
+
+
+def test_limit_takes_the_first_of_every_class(folder: Path, tmp_path: Path) -> None:
+    train, test = (RNG.integers(0, 256, (n, 2, 2), np.uint8) for n in (9, 4))
+    labels = [np.array([0, 0, 1, 0, 1, 1, 1, 0, 2], np.uint8), np.array([1, 1, 1, 0], np.uint8)]
+    words = []
+    for option, array in (("images", train), ("labels", labels[0]), ("test-images", test), ("test-labels", labels[1])):
+        words += [f"--{option}", idx(tmp_path / option, array)]
+    assert make(*words, "--limit", 2, "--out", tmp_path / "x.h5") == 0
+    for split, images, kept in (("train", train, [0, 1, 2, 4, 8]), ("test", test, [0, 1, 3])):
+        loaded = data.load(tmp_path / "x.h5", split)
+        np.testing.assert_array_equal(loaded.images[..., 0], images[kept])
+        np.testing.assert_array_equal(loaded.labels, labels[split == "test"][kept])
+    assert make(*words[:2], "--limit", 3, "--out", tmp_path / "y.h5") == 0
+    np.testing.assert_array_equal(data.load(tmp_path / "y.h5").images[..., 0], train[:3])
+    assert make(folder, "--limit", 1, "--out", tmp_path / "z.h5") == 0
+    want = [pixels(folder / name / "0.png") for name in ("cat", "dog")]
+    np.testing.assert_array_equal(data.load(tmp_path / "z.h5").images[..., 0], want)
+
+
 def test_bad_idx_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = RNG.integers(0, 256, (4, 3, 3), np.uint8)
     good, labels = idx(tmp_path / "good", images), idx(tmp_path / "labels", np.zeros(4, np.uint8))
@@ -209,6 +244,13 @@ def test_arguments_that_do_not_go_together(folder: Path, tmp_path: Path, capsys:
     assert "not allowed with" in failure(capsys, folder, "--gray", "--rgb", *out)
     assert "--split" in failure(capsys, folder, "--split", "2", *out)
     assert "--size" in failure(capsys, folder, "--size", "0", *out)
+    assert "--pad" in failure(capsys, folder, "--pad", "0", *out)
+    assert "--limit" in failure(capsys, folder, "--limit", "0", *out)
+    assert "--background goes with --pad" in failure(capsys, folder, "--background", "1", *out)
+    assert "0.png: is 6×4, too large to be padded to 5×5" in failure(capsys, folder, "--pad", "5", *out)
+    assert "too large to be padded to 2×9" in failure(
+        capsys, "--images", idx(tmp_path / "i", np.zeros((1, 3, 3), np.uint8)), "--pad", "2x9", *out
+    )
     assert "there is no folder" in failure(capsys, folder, "--out", tmp_path / "no" / "x.h5")
     assert make(folder, *out) == 0
     assert "exists already" in failure(capsys, folder, *out)

@@ -24,6 +24,7 @@ from alphabar.kernels.arrays import to_numpy
 from alphabar.nets import checkpoint
 from alphabar.tools import config as configs
 from alphabar.tools import runs, sampling, train, trainer
+from alphabar.tools.config import Sample
 from tests import fake_cupy
 
 SETTINGS = {
@@ -466,19 +467,30 @@ def test_as_a_script_it_is_the_same_program(tmp_path: Path) -> None:
         assert out.returncode == 2 and out.stderr.startswith("alphabar train: error: unknown setting 'a'")
 
 
-def test_training_and_sampling_on_arrays_that_refuse_numpy(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("own", "sampler"),
+    [
+        (["train.weighting=min_snr"], "dpm++"),
+        (["method=ncsn", "diffusion.sigma_max=9", "diffusion.levels=6"], "langevin"),
+        (["method=subvpsde", "train.weighting=likelihood"], "pc"),
+        (["method=vesde", "diffusion.sigma_max=9", "train.weighting=likelihood", "train.importance=false"], "flow"),
+    ],
+)
+def test_training_and_sampling_on_arrays_that_refuse_numpy(
+    reference: None, monkeypatch: pytest.MonkeyPatch, own: list[str], sampler: str
+) -> None:
     """The code that runs on a GPU, on a CuPy that is as strict as the real one: the same bits as on NumPy."""
     cupy = fake_cupy.cupy
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    settings = [f"{k}={v}" for k, v in SETTINGS.items()] + ["model.channels=8,16", "train.weighting=min_snr", "data.flip=true"]
+    settings = [f"{k}={v}" for k, v in SETTINGS.items()] + ["model.channels=8,16", "data.flip=true", *own]
 
     def run(xp: Any) -> tuple[Any, ...]:
         made = trainer.Trainer(configs.load(None, settings), data.load("digits"), xp)
         losses = [made.step().loss for _ in range(3)]
         arrays, _ = made.state()
-        rows = sampling.table(made.schedule, "dpm++", 4)
+        chosen = sampling.sampler(made.process, Sample(sampler, 0 if sampler == "flow" else 2, tolerance=0.1))
         with made.averaged() as net:
-            images = list(sampling.draw(net, rows, np.arange(5), 5, seed=1, weight=1.0, batch=3))
+            images = list(sampling.draw(made.process, net, chosen, np.arange(5), 5, seed=1, weight=1.0, batch=3))
         return np.array(losses), *map(to_numpy, arrays.values()), *images
 
     for there, here in zip(run(cupy), run(np), strict=True):

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("alphabar.tools.evaluate", "tell the likelihood of images under a checkpoint, in bits per dimension"),
     "make-dataset": ("alphabar.tools.make_dataset", "make a data set from a folder of images or from IDX files"),
     "info": ("alphabar.tools.info", "tell what a checkpoint, a data set or a run holds"),
+    "check": ("alphabar.tools.check", "show the grid, the coefficients and the faults of a sampler, or of a diffusers file"),
     "equations": ("alphabar.tools.equations", "the documents' equations, with their functions and tests"),
     "demo": ("alphabar.tools.demo", "compute and draw what the documents claim, one picture each"),
     "gpu-check": ("alphabar.tools.gpu_check", "try everything on this machine's GPU"),

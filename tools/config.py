@@ -14,9 +14,34 @@ class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range."""
 
 
-def _setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its range: low ≤ value ≤ high, or one of the choices."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+SDES = ("vpsde", "vesde", "subvpsde")
+STEPS = {  # the number of steps of each sampler unless one is given; 0 where there is none to give
+    **dict.fromkeys(("ddim", "ddpm", "euler", "heun", "dpm++", "ab"), 50),
+    "rk4": 12,
+    "em": 250,
+    "rd": 250,
+    "pc": 125,  # each with its corrections
+    "flow": 0,  # adaptive
+    "langevin": 5,  # at each noise level
+}
+GENERAL = tuple(name for name in STEPS if name != "langevin")  # they run on the levels of any process
+SAMPLERS = {  # of each method; the first one is its own
+    "ddpm": GENERAL,
+    "ncsn": ("langevin", *GENERAL),
+    **dict.fromkeys(SDES, ("pc", *(name for name in GENERAL if name != "pc"))),
+}
+METHODS = tuple(SAMPLERS)
+
+
+def _setting(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+) -> Any:
+    """A field with its range, low ≤ value ≤ high, or its choices; ``only``: the methods or samplers that it belongs to."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices, "only": only})
 
 
 @dataclass(frozen=True)
@@ -39,10 +64,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Diffusion:
-    schedule: str = _setting("linear", choices=("linear", "scaled_linear", "cosine", "sigmoid"))
-    T: int = _setting(1000, 1, 1_000_000)
-    rescale: bool = _setting(False)  # multiply the betas by 1000/T, so that T is no change of the process
-    prediction: str = _setting("eps", choices=("eps", "x0", "v"))
+    schedule: str = _setting("linear", choices=("linear", "scaled_linear", "cosine", "sigmoid"), only=("ddpm",))
+    T: int = _setting(1000, 1, 1_000_000, only=("ddpm",))
+    rescale: bool = _setting(False, only=("ddpm",))  # multiply the betas by 1000/T, so that T is no change of the process
+    prediction: str = _setting("eps", choices=("eps", "x0", "v"), only=("ddpm",))
+    sigma_min: float = _setting(0.01, 1e-6, 1e6, only=("ncsn", "vesde"))  # noise levels, of data in [-1, 1]
+    sigma_max: float = _setting(0.0, 0.0, 1e6, only=("ncsn", "vesde"))  # 0: the largest distance between two images
+    levels: int = _setting(0, 0, 100_000, only=("ncsn",))  # 0: as many as one level needs to overlap the next
+    beta_min: float = _setting(0.1, 1e-6, 1e4, only=("vpsde", "subvpsde"))  # beta(t) rises linearly between these, t in [0, 1]
+    beta_max: float = _setting(20.0, 1e-6, 1e4, only=("vpsde", "subvpsde"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,8 @@ class Train:
     lr: float = _setting(2e-3, 0.0, 10.0)
     warmup: int = _setting(100, 0, 10**9)  # steps; never more than a fifth of all
     decay: str = _setting("cosine", choices=("cosine", "linear", "constant"))
-    weighting: str = _setting("simple", choices=("simple", "min_snr"))
+    weighting: str = _setting("simple", choices=("simple", "min_snr", "likelihood"))
+    importance: bool = _setting(True, only=SDES)  # with likelihood weighting: draw the times so that all weights are equal
     weight_decay: float = _setting(0.0, 0.0, 10.0)
     clip: float = _setting(1.0, 0.0)  # global norm of the gradient; 0 = no clipping
     ema: float = _setting(0.999, 0.0, 0.999999)
@@ -70,15 +101,20 @@ class Log:
 
 @dataclass(frozen=True)
 class Sample:
-    sampler: str = _setting("ddim", choices=("ddim", "ddpm", "euler", "heun", "dpm++", "ab"))
-    steps: int = _setting(50, 1, 1_000_000)
-    eta: float = _setting(0.0, 0.0, 1.0)
+    sampler: str = _setting("auto", choices=("auto", *STEPS))  # auto: the method's own
+    steps: int = _setting(0, 0, 1_000_000)  # 0: the sampler's own number
+    eta: float = _setting(0.0, 0.0, 1.0, only=("ddim",))
+    epsilon: float = _setting(0.0, 0.0, 1.0, only=("langevin",))  # step size at the smallest level; 0: from levels and steps
+    snr: float = _setting(0.16, 1e-4, 10.0, only=("pc",))  # signal-to-noise ratio of a corrector step
+    corrections: int = _setting(1, 0, 100, only=("pc",))  # corrector steps after each predictor step
+    tolerance: float = _setting(1e-4, 1e-12, 1.0, only=("flow",))
     guidance: float = _setting(0.5, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
     columns: int = _setting(8, 1, 1000)
 
 
 @dataclass(frozen=True)
 class Config:
+    method: str = _setting("ddpm", choices=METHODS)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     diffusion: Diffusion = field(default_factory=Diffusion)
@@ -87,28 +123,53 @@ class Config:
     sample: Sample = field(default_factory=Sample)
 
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
-TYPES: dict[str, Any] = {f"{s}.{k}": t for s, cls in SECTIONS.items() for k, t in get_type_hints(cls).items()}
-RANGES: dict[str, Any] = {f"{s}.{f.name}": f.metadata for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+TOP: dict[str, Any] = {f.name: f.metadata for f in dataclasses.fields(Config) if f.metadata}  # settings outside all sections
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name not in TOP}
+TYPES: dict[str, Any] = {k: get_type_hints(Config)[k] for k in TOP}
+TYPES |= {f"{s}.{k}": t for s, cls in SECTIONS.items() for k, t in get_type_hints(cls).items()}
+RANGES: dict[str, Any] = TOP | {f"{s}.{f.name}": f.metadata for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple[int, ...]: "whole numbers"}
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested values, for JSON and TOML."""
-    nested = dataclasses.asdict(config)
-    return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in nested.items()}
+def belongs(config: Config, key: str) -> bool:
+    """Whether a setting means something for the method and the sampler of ``config``."""
+    only = RANGES[key]["only"]
+    return not only or config.method in only or sampler(config) in only
+
+
+def sampler(config: Config) -> str:
+    """The name of the sampler of ``config``: that of its method where it says "auto"."""
+    return SAMPLERS[config.method][0] if config.sample.sampler == "auto" else config.sample.sampler
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, those outside the sections first, for JSON and TOML; settings of other methods are left out."""
+    plain: dict[str, Any] = {key: getattr(config, key) for key in TOP}
+    for section in SECTIONS:
+        values = dataclasses.asdict(getattr(config, section))
+        plain[section] = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if belongs(config, f"{section}.{k}")
+        }
+    return plain
 
 
 def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
-    """``base`` (the defaults) with the settings of nested tables {section: {key: value}} over it."""
+    """``base`` (the defaults) with settings {key: value} and {section: {key: value}} over it."""
+    return _with(base or Config(), _flat(values))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, table in values.items():
-        if not isinstance(table, Mapping):
+        if section in TOP:
+            flat[section] = table
+        elif isinstance(table, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in table.items()}
+        else:
             raise ConfigError(
                 f"{section} must be a table of settings such as [train]" if section in SECTIONS else _unknown(section)
             )
-        flat |= {f"{section}.{key}": value for key, value in table.items()}
-    return _with(base or Config(), flat)
+    return flat
 
 
 def from_file(path: str | os.PathLike[str], base: Config | None = None) -> Config:
@@ -128,6 +189,10 @@ def from_file(path: str | os.PathLike[str], base: Config | None = None) -> Confi
 
 def from_words(words: Iterable[str], base: Config | None = None) -> Config:
     """``base`` with settings written `section.key=value` over it; the later of two equal keys wins."""
+    return _with(base or Config(), _from_words(words))
+
+
+def _from_words(words: Iterable[str]) -> dict[str, Any]:
     flat = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -137,14 +202,17 @@ def from_words(words: Iterable[str], base: Config | None = None) -> Config:
         if key not in TYPES:
             raise ConfigError(_unknown(key))
         flat[key] = _parse(key, text.strip())
-    return _with(base or Config(), flat)
+    return flat
 
 
 def to_toml(config: Config) -> str:
     """The text of a TOML file that gives this configuration back."""
     lines: list[str] = []
     for section, values in to_dict(config).items():
-        lines += [*([""] if lines else []), f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+        if section in TOP:
+            lines.append(f"{section} = {_toml(values)}")
+        else:
+            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -159,21 +227,22 @@ def _toml(value: Any) -> str:
 
 
 def _with(config: Config, flat: Mapping[str, Any]) -> Config:
+    top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         if key not in TYPES:
             raise ConfigError(_unknown(key))
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = _checked(key, value)
+        section, _, name = key.rpartition(".")
+        (sections.setdefault(section, {}) if section else top)[name] = _checked(key, value)
     changed = {s: dataclasses.replace(getattr(config, s), **values) for s, values in sections.items()}
-    return dataclasses.replace(config, **changed)
+    return dataclasses.replace(config, **top, **changed)
 
 
 def _unknown(key: str) -> str:
     key = key[:80]
-    leaves = [k for k in TYPES if k.partition(".")[2] == key.rpartition(".")[2]]
+    leaves = [k for k in TYPES if k.rpartition(".")[2] == key.rpartition(".")[2]]
     near = leaves[:1] or difflib.get_close_matches(key, TYPES, 1, 0.5)
-    near = near or [k for k in TYPES if difflib.get_close_matches(key.rpartition(".")[2], [k.partition(".")[2]], 1, 0.5)][:1]
+    near = near or [k for k in TYPES if difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2]], 1, 0.5)][:1]
     return f"unknown setting {key!r}; " + (f"the nearest is {near[0]!r}" if near else f"the sections are {', '.join(SECTIONS)}")
 
 
@@ -223,8 +292,28 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def load(file: str | Path | None, words: Iterable[str], base: Config | None = None) -> Config:
-    """The configuration of a run: ``base`` or the defaults, then a TOML file, then the settings of the command line."""
+    """The configuration of a run: ``base`` or the defaults, then a TOML file, then the settings of the command line; checked."""
     config = base or Config()
     if file is not None:
         config = from_file(file, config)
-    return from_words(words, config)
+    flat = _from_words(words)
+    return check(_with(config, flat), flat)
+
+
+def check(config: Config, given: Iterable[str] = ()) -> Config:
+    """``config``, or ConfigError for a sampler or a setting that its method, or its sampler, does not take.
+
+    A setting of another method passes where it has its default value and is not among the ``given`` ones.
+    """
+    names, key = SAMPLERS[config.method], sampler(config)
+    if key not in names:
+        raise ConfigError(f"sample.sampler must be one of {', '.join(names)} for method {config.method}, not {key!r}")
+    default, given = Config(), set(given)
+    for key in (k for k in RANGES if k not in TOP):
+        section, _, name = key.partition(".")
+        changed = getattr(getattr(config, section), name) != getattr(getattr(default, section), name)
+        if (changed or key in given) and not belongs(config, key):
+            only = RANGES[key]["only"]
+            kind, mine = ("sampler", sampler(config)) if section == "sample" else ("method", config.method)
+            raise ConfigError(f"{key} goes with the {kind}{'s' * (len(only) > 1)} {', '.join(only)}, not with {mine}")
+    return config

@@ -10,7 +10,7 @@ from alphabar.core.data import DataError
 from alphabar.kernels.counter import permutation
 from alphabar.kernels.streams import ORDER
 from alphabar.tools import dataset_file, idx
-from alphabar.tools.command import Failure, Parser, UserError, program, real
+from alphabar.tools.command import Failure, Parser, UserError, integer, program, real
 from alphabar.tools.progress import Progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm"}
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   alphabar make-dataset photos --size 32 --out photos.h5          labels are the names of the subfolders
   alphabar make-dataset --images train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz \\
       --test-images t10k-images-idx3-ubyte.gz --test-labels t10k-labels-idx1-ubyte.gz --out mnist.h5
+  alphabar make-dataset photos --size 28 --pad 32 --background 255 --limit 500 --out few.h5
 """
 
 
@@ -32,6 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test-labels", type=Path, help="IDX file of their labels")
     parser.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
     parser.add_argument("--size", type=_size, help="N or HxW: crop to this shape from the centre and resize (folders)")
+    parser.add_argument("--pad", type=_size, metavar="SIZE", help="N or HxW: bring images to this shape by an even border")
+    parser.add_argument(
+        "--background", type=integer(0, 255), metavar="VALUE", help="grey value of that border: 0 (default) is black, 255 white"
+    )
+    parser.add_argument(
+        "--limit",
+        type=integer(1, 10**9),
+        metavar="N",
+        help="the first N images of every class only (without labels: the first N), of training and test images alike",
+    )
     colour = parser.add_mutually_exclusive_group()
     colour.add_argument("--gray", action="store_const", const="L", dest="mode", help="one channel (folders)")
     colour.add_argument("--rgb", action="store_const", const="RGB", dest="mode", help="three channels (folders)")
@@ -42,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if (options.folder is None) == (options.images is None):
         raise UserError("give either a folder or --images")
+    if options.background is not None and options.pad is None:
+        raise UserError("--background goes with --pad")
     if options.out.exists() and not options.force:
         raise UserError(f"{options.out} exists already; --force replaces it")
     if not options.out.parent.is_dir():
@@ -70,6 +83,24 @@ def _size(text: str) -> tuple[int, int]:
 
 
 _size.__name__ = "size (N or HxW)"
+
+
+def _padded(block: np.ndarray, size: tuple[int, int] | None, background: int | None, path: Path) -> np.ndarray:
+    """Images (n, H, W, C) in the middle of a border that makes them ``size``; an odd row or column goes below or to the right."""
+    if size is None:
+        return block
+    missing = [want - have for want, have in zip(size, block.shape[1:3], strict=True)]
+    if min(missing) < 0:
+        raise DataError(path, f"is {block.shape[1]}×{block.shape[2]}, too large to be padded to {size[0]}×{size[1]}")
+    border = [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)]
+    return np.pad(block, border, constant_values=background or 0)
+
+
+def _first(labels: np.ndarray | None, n: int, limit: int | None) -> np.ndarray:
+    """The rows of the first ``limit`` images of every class, ascending."""
+    if limit is None or labels is None:
+        return np.arange(n if limit is None else min(n, limit))
+    return np.sort(np.concatenate([np.flatnonzero(labels == c)[:limit] for c in np.unique(labels)]))
 
 
 def _test_part(labels: np.ndarray | None, n: int, fraction: float) -> np.ndarray:
@@ -105,26 +136,29 @@ def _from_idx(options: Any) -> str:
             raise UserError("--split cannot be given with --test-images")
     elif options.test_labels is not None:
         raise UserError("--test-labels goes with --test-images")
-    images, labels = [], []
+    images, labels, first = [], [], None
     for image_path, label_path in parts:
         images.append(idx.read(image_path, 3))
-        (h, w), first = images[-1].shape[1:], images[0].shape[1:]
+        (h, w), first = images[-1].shape[1:], first or images[-1].shape[1:]
         if (h, w) != first:
             raise DataError(image_path, f"its images are {h}×{w}, those of {parts[0][0]} are {first[0]}×{first[1]}")
         if label_path is not None:
             labels.append(idx.read(label_path, 1))
             if len(labels[-1]) != len(images[-1]):
                 raise DataError(label_path, f"holds {len(labels[-1]):,} labels for {len(images[-1]):,} images")
+        kept = _first(labels[-1] if labels else None, len(images[-1]), options.limit)
+        images[-1] = _padded(images[-1][kept, ..., None], options.pad, options.background, image_path)
+        if labels:
+            labels[-1] = labels[-1][kept]
     n = sum(map(len, images))
-    shape = (n, *images[0].shape[1:], 1)
+    shape = (n, *images[0].shape[1:])
     all_labels = np.concatenate(labels) if labels else None
     classes = _idx_classes(options.classes, all_labels)
     split = np.repeat([0, 1], [len(images[0]), n - len(images[0])]).astype(np.uint8)
     if options.split:
         split = _test_part(all_labels, n, options.split)
-    blocks = (part[..., None] for part in images)
     source = ", ".join(p.name for pair in parts for p in pair if p is not None)
-    dataset_file.write(options.out, shape, blocks, _columns(all_labels, split), classes, {"source": source})
+    dataset_file.write(options.out, shape, images, _columns(all_labels, split), classes, {"source": source})
     return _report(shape, classes, split)
 
 
@@ -146,22 +180,25 @@ def _idx_classes(names: str | None, labels: np.ndarray | None) -> tuple[str, ...
 def _from_folder(options: Any) -> str:
     files, classes = _files(options.folder)
     labels = np.array([k for _, k in files]) if classes else None
+    kept = _first(labels, len(files), options.limit)
+    files, labels = [files[k] for k in kept], None if labels is None else labels[kept]
     first = _pixels(files[0][0], options.mode, options.size)
     mode = options.mode or ("L" if all(_is_gray(path) for path, _ in files) else "RGB")
-    shape = (len(files), *first.shape[:2], 1 if mode == "L" else 3)
+    channels = 1 if mode == "L" else 3
+    shape = (len(files), *(options.pad or first.shape[:2]), channels)
     split = _test_part(labels, len(files), options.split)
 
     def blocks() -> Iterator[np.ndarray]:
         with Progress("reading", len(files), 0, options.quiet, "image") as bar:
             for path, _ in files:
                 image = _pixels(path, mode, options.size)
-                if image.shape != shape[1:]:
+                if image.shape != (*first.shape[:2], channels):
                     raise DataError(
                         path,
-                        f"is {image.shape[0]}×{image.shape[1]}, {files[0][0].name} is {shape[1]}×{shape[2]}: "
+                        f"is {image.shape[0]}×{image.shape[1]}, {files[0][0].name} is {first.shape[0]}×{first.shape[1]}: "
                         "give --size to bring all to one shape",
                     )
-                yield image[None]
+                yield _padded(image[None], options.pad, options.background, path)
                 bar.advance()
 
     attributes = {"source": f"folder {options.folder.resolve().name}"}

@@ -1,25 +1,25 @@
 """`alphabar sample`: draw images from a trained checkpoint, to HDF5 and PNG."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alphabar.nets.checkpoint import CheckpointError
-from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
-from alphabar.tools import dataset_file, pictures, runs, sampling
-from alphabar.tools.command import Failure, Parser, UserError, device, from_environment, integer, program, real
-from alphabar.tools.config import Config
+from alphabar.tools import dataset_file, pictures, sampling, trained
+from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
+from alphabar.tools.config import Config, Sample
+from alphabar.tools.methods import Process
 from alphabar.tools.progress import Progress
-from alphabar.tools.trainer import check_kind, load_weights, schedule
 
 EXAMPLES = """examples:
   alphabar sample runs/digits-001                                    64 images, every class in turn
   alphabar sample runs/digits-001 --class 3 --n 16 --out threes.png
   alphabar sample runs/digits-001/ckpt/step_00001500.h5 --n 1000 --steps 50 --class all --out digits.h5
   alphabar sample runs/digits-001 --sampler dpm++ --steps 12 --guidance 0.5
+  alphabar sample runs/digits-002 --sampler pc --steps 200 --set sample.snr=0.2
 Image k follows from the seed, k and its class alone: --batch and --n change none of the others.
 """
 ROWS, COLUMNS = 20, 20  # of a sheet, at most
@@ -31,29 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     xp, where = device(options.device)
     outputs = _outputs(options.out)
-    path, net, config, classes, step = _network(options, xp)
+    path, net, config, classes, step = trained.load(options.checkpoint, options.raw_weights, xp)
     labels = _labels(options.classes, classes, options.n)
-    s = config.sample
-    sampler, steps = options.sampler or s.sampler, options.steps or s.steps
-    eta = options.eta if options.eta is not None else s.eta if sampler == s.sampler else 0.0
-    weight = s.guidance if options.guidance is None else options.guidance
+    chosen, process = _chosen(options, config), Process(config)
+    weight = chosen.sample.guidance
     if labels is None:
         if options.guidance:
             raise UserError("--guidance needs classes to guide to" + ("" if classes else ", and this network has none"))
         weight = 0.0
-    noise = schedule(config.diffusion)
     try:
-        table = sampling.table(noise, sampler, steps, eta, config.diffusion.prediction, options.spacing)
+        sampler = sampling.sampler(process, chosen.sample, options.spacing)
     except ValueError as e:
         raise UserError(str(e)) from e
     names = [classes[k] for k in dict.fromkeys(labels.tolist())] if labels is not None else []
-    chosen = _shown(labels, options.n)
+    shown = _shown(labels, options.n)
     kept: dict[int, np.ndarray] = {}
 
     def blocks(bar: Progress) -> Iterator[np.ndarray]:
         at = 0
-        for block in sampling.draw(net, table, labels, options.n, options.seed, weight, options.batch, bar.advance):
-            kept.update({k: block[k - at] for k in chosen if at <= k < at + len(block)} if ".png" in outputs else {})
+        what = (process, net, sampler, labels, options.n, options.seed, weight, options.batch)
+        for block in sampling.draw(*what, bar.advance):
+            kept.update({k: block[k - at] for k in shown if at <= k < at + len(block)} if ".png" in outputs else {})
             at += len(block)
             yield block
 
@@ -61,26 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint": path.name,
         "step": step,
         "weights": "raw" if options.raw_weights else "average",
-        "sampler": sampler,
-        "steps": steps,
-        "eta": eta,
+        "method": config.method,
+        **{k: v for k, v in configs.to_dict(chosen)["sample"].items() if k not in ("guidance", "columns")},
         "guidance": weight,
         "seed": options.seed,
-        "clip": "x0 to [-1, 1], eps re-derived",
+        "clip": "none" if chosen.sample.sampler == "flow" else "x0 to [-1, 1], eps re-derived",
     }
     columns = {} if labels is None else {"labels": labels.astype(np.uint8 if len(classes) <= 256 else np.int32)}
     shape = (options.n, *net.config["image_size"], net.config["out_channels"])
     try:
-        with Progress("sampling", options.n * len(table), 0, options.quiet, "image step") as bar:
+        with Progress("sampling", options.n * sampler.rows, 0, options.quiet, "image step") as bar:
             if ".h5" in outputs:
                 dataset_file.write(outputs[".h5"], shape, blocks(bar), columns, classes, attributes)
             else:
                 for _ in blocks(bar):
                     pass
         if ".png" in outputs:
-            title = f"{path.name}, {sampler} {steps} steps" + (f", w = {weight:g}" if names else "") + f", seed {options.seed}"
-            tiles = np.stack([kept[k] for k in chosen])
-            width = len(chosen) // min(len(names), ROWS) if names else min(COLUMNS, len(chosen))
+            title = f"{path.name}, {sampler.name}" + (f", w = {weight:g}" if names else "") + f", seed {options.seed}"
+            tiles = np.stack([kept[k] for k in shown])
+            width = len(shown) // min(len(names), ROWS) if names else min(COLUMNS, len(shown))
             pictures.write(pictures.sheet(tiles, width, names[:ROWS], title), outputs[".png"])
     except OSError as e:
         raise Failure(f"the samples could not be written ({e.strerror or e})") from e
@@ -88,16 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Failure(f"no samples could be drawn: {e}") from e
     if not options.quiet:
         for suffix, out in outputs.items():
-            shown = f"{len(chosen):,} of them, " if suffix == ".png" and len(chosen) < options.n else ""
-            print(f"wrote {out}: {options.n:,} images {'×'.join(map(str, shape[1:]))}, {shown}on {where}")
+            part = f"{len(shown):,} of them, " if suffix == ".png" and len(shown) < options.n else ""
+            print(f"wrote {out}: {options.n:,} images {'×'.join(map(str, shape[1:]))}, {part}on {where}")
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="alphabar sample", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, run folder (its newest one) or folder of runs")
-    parser.add_argument("--sampler", choices=tuple(sampling.SAMPLERS), help="default: the run's, ddim")
-    parser.add_argument("--steps", type=integer(1, 10**6), help="default: the run's, 50")
+    parser.add_argument("--sampler", choices=tuple(configs.STEPS), help="default: the run's; langevin is for method ncsn only")
+    parser.add_argument(
+        "--steps", type=integer(1, 10**6), help="default: the run's, or the sampler's own; of langevin, those at each noise level"
+    )
     parser.add_argument("--eta", type=real(0, 1), help="0 is deterministic DDIM, 1 is ancestral (ddim only)")
     parser.add_argument(
         "--spacing", choices=("leading", "linspace", "trailing", "quadratic"), help="of the times; default: the sampler's"
@@ -107,6 +106,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--class", dest="classes", default="all", help="all (in turn), none, or names or numbers such as 3 or 1,4"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of [sample], e.g. sample.snr=0.2"
     )
     parser.add_argument("--n", type=integer(1, 10**9), default=64, help="number of images (default 64)")
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0)
@@ -138,23 +140,20 @@ def _outputs(given: list[Path] | None) -> dict[str, Path]:
     return outputs
 
 
-def _network(options: Any, xp: Any) -> tuple[Path, UNet, Config, tuple[str, ...], int]:
-    """(file, network with its weights, configuration, class names, step) of a checkpoint."""
-    path, arrays, meta = runs.read(options.checkpoint)
-    check_kind(path, meta)
-    try:
-        config = configs.from_dict(meta["config"])
-        net = UNet(**meta["model"], xp=xp)
-        names = tuple(map(str, meta["data"]["classes"]))
-    except (TypeError, ValueError, KeyError, IndexError) as e:
-        if from_environment(e):
-            raise
-        raise CheckpointError(path, f"its network or configuration cannot be built: {e}") from e
-    load_weights(path, net, arrays, "weights" if options.raw_weights else "ema")
-    classes = names if net.config["classes"] is not None else ()
-    if classes and len(classes) != net.config["classes"]:
-        raise CheckpointError(path, f"names {len(classes)} classes, its network has {net.config['classes']}")
-    return path, net, config, classes, meta["step"]
+def _chosen(options: Any, config: Config) -> Config:
+    """The configuration with what the options say of sampling; another sampler than the run's begins with its own settings."""
+    words = list(options.set)
+    for word in words:
+        if not word.startswith("sample."):
+            raise UserError(f"--set takes settings of [sample] here, such as sample.snr=0.2, not {word!r}")
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
+    words += [f"sample.{name}={value}" for name, value in given.items() if value is not None]
+    old, new = configs.sampler(config), configs.sampler(configs.from_words(words, config))
+    if new != old:
+        s = config.sample
+        steps = s.steps if configs.STEPS[new] == configs.STEPS[old] else 0
+        config = dataclasses.replace(config, sample=Sample(sampler=new, steps=steps, guidance=s.guidance))
+    return configs.load(None, words, config)
 
 
 def _labels(text: str, classes: tuple[str, ...], n: int) -> np.ndarray | None:
@@ -171,11 +170,10 @@ def _labels(text: str, classes: tuple[str, ...], n: int) -> np.ndarray | None:
 
 
 def _class(text: str, classes: tuple[str, ...]) -> int:
-    if text in classes:  # before the number: a class may be named "1" and have another number
-        return classes.index(text)
-    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(classes):
-        return int(text)
-    raise UserError(f"--class must be all, none, numbers in 0..{len(classes) - 1} or names of classes, not {text!r}")
+    found = trained.class_number(text, classes)
+    if found is None:
+        raise UserError(f"--class must be all, none, numbers in 0..{len(classes) - 1} or names of classes, not {text!r}")
+    return found
 
 
 def _shown(labels: np.ndarray | None, n: int) -> list[int]:

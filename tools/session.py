@@ -11,24 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core.tables import Table
 from alphabar.nets import checkpoint
 from alphabar.tools import pictures, sampling
 from alphabar.tools.command import Failure
 from alphabar.tools.config import ConfigError
 from alphabar.tools.progress import Progress
 from alphabar.tools.runs import Run
+from alphabar.tools.sampling import Sampler
 from alphabar.tools.trainer import NotFinite, Step, Trainer
 
 ROWS = 20  # classes on a sheet, at most
 MAX_FAILED_SAVES = 3
 
 
-def sample_table(trainer: Trainer) -> Table:
+def own_sampler(trainer: Trainer) -> Sampler:
     """The sampler that the section [sample] of a trainer's configuration asks for; ConfigError where it cannot be."""
-    s = trainer.config.sample
     try:
-        return sampling.table(trainer.schedule, s.sampler, s.steps, s.eta, trainer.config.diffusion.prediction)
+        return sampling.sampler(trainer.process, trainer.config.sample)
     except ValueError as e:
         raise ConfigError(f"[sample]: {e}") from e
 
@@ -61,7 +60,7 @@ class Session:
     def __init__(self, trainer: Trainer, run: Run, quiet: bool = False) -> None:
         self.trainer, self.run, self.quiet = trainer, run, quiet
         self.log = trainer.config.log
-        self.table = sample_table(trainer)
+        self.sampler = own_sampler(trainer)
         self.failed_saves = 0
         self.saved = trainer.done if checkpoint.listing(run.checkpoints) else -1
 
@@ -96,11 +95,11 @@ class Session:
         labels = np.repeat(np.arange(len(classes)), s.columns) if classes else None
         try:
             with t.averaged() as net:
-                blocks = sampling.draw(net, self.table, labels, n, t.config.train.seed, s.guidance, batch=n, progress=progress)
-                images = np.concatenate(list(blocks))
+                chosen = (t.process, net, self.sampler, labels, n, t.config.train.seed, s.guidance)
+                images = np.concatenate(list(sampling.draw(*chosen, batch=n, progress=progress)))
         except ValueError as e:
             raise Failure(f"no samples could be drawn: {e}") from e
-        title = f"{self.run.path.name}, step {t.done}: {s.sampler} {s.steps} steps" + (f", w = {s.guidance:g}" if classes else "")
+        title = f"{self.run.path.name}, step {t.done}: {self.sampler.name}" + (f", w = {s.guidance:g}" if classes else "")
         self.attempt("a sheet of samples", lambda: pictures.write(pictures.sheet(images, s.columns, classes, title), path))
 
     def steps(self, stop: Stop) -> None:

@@ -14,20 +14,21 @@ from alphabar.core import data
 from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.tools import config as configs
-from alphabar.tools import runs
+from alphabar.tools import methods, runs
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program
 from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.progress import Progress
-from alphabar.tools.session import Session, Stop, sample_table
+from alphabar.tools.session import Session, Stop, own_sampler
 from alphabar.tools.trainer import Trainer, check_data, check_kind
 
 EXAMPLES = """examples:
   alphabar train                                            handwritten digits, a few minutes on two cores
   alphabar train --data photos.h5 --steps 20000 --set model.channels=64,128,256
+  alphabar train --set method=ncsn                          another way to train: ddpm, ncsn, vpsde, vesde, subvpsde
   alphabar train --resume auto                              go on with the latest run
   alphabar train --dry-run --set model.blocks=3             what would it cost?
 """
-FIXED = ("model", "diffusion")  # sections that a resumed run cannot change
+FIXED = ("method", "model", "diffusion")  # what a resumed run cannot change
 
 
 @program("train")
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = _to_resume(options)
     config = _config(options, found)
     dataset = data.load(config.data.path, config.data.split)
+    config = methods.resolved(config, dataset)
+    if found is not None:
+        _check_fixed(config, found)
     if config.model.conditional and dataset.labels is None:
         _say(options, f"{dataset.name} has no labels: training without classes")
     if found is not None:
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(config, dataset, xp)
     if found is not None:
         trainer.restore(*found)
-    sample_table(trainer)  # a mistake there should show now, not after the training
+    own_sampler(trainer)  # a mistake there should show now, not after the training
     if options.dry_run:
         return _dry_run(trainer, where)
     run = runs.Run(_folder(options, config, found))
@@ -116,11 +120,16 @@ def _config(options: Any, found: Found | None) -> Config:
     config = configs.from_dict({"train": own}, config)
     if config.data.path not in data.BUILT_IN:  # found again from another directory
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(Path(config.data.path).absolute())))
-    if base is not None:
-        for section in FIXED:
-            if getattr(config, section) != getattr(base, section):
-                raise UserError(f"a resumed run cannot change [{section}]: its checkpoint has {getattr(base, section)}")
     return config
+
+
+def _check_fixed(config: Config, found: Found) -> None:
+    """UserError where a resumed run would change what its checkpoint was trained with."""
+    before = configs.from_dict(found[2]["config"])
+    for name in FIXED:
+        if getattr(config, name) != getattr(before, name):
+            shown = f"[{name}]" if name in configs.SECTIONS else name
+            raise UserError(f"a resumed run cannot change {shown}: its checkpoint has {getattr(before, name)}")
 
 
 def _folder(options: Any, config: Config, found: Found | None) -> Path:
@@ -207,7 +216,7 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
             return 128 + stop.signal
     trained = time.perf_counter() - begun
     sheet = run.samples / f"final_{trainer.done:08d}.png"
-    with Progress("sampling", len(session.table), 0, options.quiet) as bar:
+    with Progress("sampling", session.sampler.rows, 0, options.quiet) as bar:
         session.sheet(sheet, lambda images: bar.advance())
     _say(options, f"{trainer.done - start:,} steps in {_clock(trained)}, peak memory {_peak():,.0f} MiB")
     if not options.quiet:

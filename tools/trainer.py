@@ -11,7 +11,7 @@ import numpy as np
 
 import alphabar
 from alphabar import kernels
-from alphabar.core import forward, guidance, losses, schedules
+from alphabar.core import guidance
 from alphabar.core.data import Dataset, to_unit
 from alphabar.kernels.arrays import to_numpy
 from alphabar.nets.checkpoint import CheckpointError
@@ -19,7 +19,8 @@ from alphabar.nets.optim import AdamW, learning_rate
 from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
 from alphabar.tools.command import from_environment
-from alphabar.tools.config import Config, ConfigError, Diffusion
+from alphabar.tools.config import Config, ConfigError
+from alphabar.tools.methods import Process
 
 KIND = "alphabar-training"
 MOMENTS = ("m", "v")
@@ -40,15 +41,6 @@ class NotFinite(ArithmeticError):
     def __init__(self, message: str, arrays: dict[str, Any]) -> None:
         super().__init__(message)
         self.arrays = arrays
-
-
-def schedule(d: Diffusion) -> schedules.Schedule:
-    """The noise schedule of a configuration."""
-    if d.schedule == "cosine":
-        if d.rescale:
-            raise ConfigError("diffusion.rescale does nothing for the cosine schedule: set it to false")
-        return schedules.cosine(d.T)
-    return getattr(schedules, d.schedule)(d.T, rescale=d.rescale)
 
 
 def network_options(config: Config, data: Dataset) -> dict[str, Any]:
@@ -73,7 +65,7 @@ class Trainer:
 
     def __init__(self, config: Config, data: Dataset, xp: ModuleType = np) -> None:
         self.config, self.data, self.xp = config, data, xp
-        self.schedule = schedule(config.diffusion)
+        self.process = Process(config)
         try:
             self.net = UNet(**network_options(config, data), xp=xp)
         except ValueError as e:
@@ -85,7 +77,6 @@ class Trainer:
             self.net.params, weight_decay=t.weight_decay, max_norm=t.clip if t.clip else math.inf, ema_decay=t.ema
         )
         self.pool = kernels.Pool()
-        self.signal, self.noise = xp.asarray(self.schedule.signal), xp.asarray(self.schedule.noise)
         self.done = 0
 
     @property
@@ -94,7 +85,7 @@ class Trainer:
         return self.net.config["classes"] is not None
 
     def step(self) -> Step:
-        """x0 from the data, t ~ U{1..T}, ε ~ N(0, I); one AdamW step on ∇‖target − network(x_t, t, y)‖². Eq: S1-A1, S4-A1.
+        """x0 from the data, an example of the process, one AdamW step on the gradient of its loss. Eq: S1-A1, S4-A1.
 
         Raises NotFinite, with the weights as they were, where the loss or the gradient is not finite.
         """
@@ -102,14 +93,13 @@ class Trainer:
         with self.pool:
             images, labels, rows = self.data.batch(k, t.batch, t.seed, self.config.data.flip)
             x0 = to_unit(xp.asarray(images))
-            times = forward.random_times(t.batch, self.schedule, t.seed, k)
-            x_t, eps = kernels.q_sample(x0, xp.asarray(times), self.signal, self.noise, seed=t.seed, step=k)
+            example = self.process.example(x0, t.seed, k)
+            times, x_t = example.times, self.process.input(example.x_t, example.times)
             y = None
             if self.conditional:
                 y = xp.asarray(guidance.drop_condition(labels, self.net.null, t.p_uncond, t.seed, k))
             output = self.net(x_t, times, y, step=k)
-            target = forward.training_target(x0, eps, times, self.schedule, self.config.diffusion.prediction)
-            value, gradient = losses.weighted_loss(output.data, target, self._weight(times))
+            value, gradient = self.process.loss(output.data, example)
             loss = float(value.mean())
             if not math.isfinite(loss):
                 self._stop(f"the loss is {loss}", rows, times, {"x_t": x_t, "output": output.data, "loss": value}, False)
@@ -121,11 +111,6 @@ class Trainer:
                 self._stop(f"the norm of the gradient is {norm}", rows, times, {"x_t": x_t, "output": output.data}, True)
         self.done += 1
         return Step(loss, norm, lr)
-
-    def _weight(self, times: np.ndarray) -> Any:
-        if self.config.train.weighting == "simple":
-            return None
-        return self.xp.asarray(losses.min_snr_weight(times, self.schedule, prediction=self.config.diffusion.prediction))
 
     def _stop(self, what: str, rows: np.ndarray, times: np.ndarray, arrays: dict[str, Any], with_gradient: bool) -> NoReturn:
         named = {"step/x_t": arrays["x_t"], **{f"weights/{n}": a for n, a in self.net.params.arrays().items()}}
