@@ -180,12 +180,13 @@ def log_likelihood(
     return FlowLikelihood(outside + end[cells:].reshape(K, batch), trace == "exact", x_T, calls, float(start), d)
 
 
-def mixture_jvp(density: GaussianMixture, s: Levels) -> JacobianProduct:
-    """jvp(x, t, v) of ``density.model(s, "score")`` in closed form, for one time t a batch. Eq: S4-E58, S4-E78."""
+def mixture_jvp(density: GaussianMixture, s: Levels, prediction: str = "eps") -> JacobianProduct:
+    """jvp(x, t, v) of ``density.model(s, prediction)`` in closed form, for one time t a batch. Eq: S4-E58, S4-E78."""
 
     def product(x: Array, t: Array, v: Array) -> Array:
-        a, n = s.levels(np.unique(to_numpy(t)).item())
-        return density.diffuse(float(a), float(n)).score_jvp(x, v)
+        a, n = (float(level) for level in s.levels(np.unique(to_numpy(t)).item()))
+        P, Q = (float(c) for c in coefficients("score", prediction, a, n))
+        return P * to_numpy(v) + Q * density.diffuse(a, n).score_jvp(x, v)
 
     return product
 

@@ -28,7 +28,7 @@ LAW = GaussianMixture([0.3, 0.7], [[-1.0, 0.5, 0.2], [0.8, -0.2, 0.0]], COVARIAN
 
 
 def likelihood(density, x, s, **options):
-    return flow.log_likelihood(density.model(s, "score"), x, s, flow.mixture_jvp(density, s), "score", **options)
+    return flow.log_likelihood(density.model(s, "score"), x, s, flow.mixture_jvp(density, s, "score"), "score", **options)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -194,7 +194,7 @@ def test_arrays_of_other_libraries(monkeypatch):
     torch = pytest.importorskip("torch")
     cupy = fake_cupy.cupy
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    model, jvp = LAW.model(s, "score"), flow.mixture_jvp(LAW, s)
+    model, jvp = LAW.model(s, "score"), flow.mixture_jvp(LAW, s, "score")
     tensors = (torch.from_numpy, lambda a: a.numpy() if isinstance(a, torch.Tensor) else a)
     devices = (cupy.asarray, lambda a: a.get())
     for trace in ("exact", "hutchinson"):
@@ -253,3 +253,11 @@ def test_what_the_flow_refuses(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_scipy)
     with pytest.raises(ImportError, match="pip install scipy"):
         likelihood(LAW, x, s)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_every_prediction_gives_one_likelihood(prediction):
+    s, x = PROCESSES["vpsde"], LAW.sample(4, 3)
+    jvp = flow.mixture_jvp(LAW, s, prediction)
+    found = flow.log_likelihood(LAW.model(s, prediction), x, s, jvp, prediction, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found.log_prob, likelihood(LAW, x, s, rtol=1e-8, atol=1e-8).log_prob, atol=1e-6)

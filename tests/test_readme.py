@@ -28,13 +28,22 @@ def test_the_api_in_twenty_lines() -> None:
     assert abs(names["x"].mean() - 0.7) < 0.01 and abs(names["x"].std() - 0.2) < 0.02  # the last table's samples
 
 
+def test_scores_sdes_and_likelihood() -> None:
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    x, law, x0 = names["x"], names["law"], names["x0"]
+    assert abs((x < 0).mean() - 0.2) < 0.05 and abs(abs(x).mean() - 4) < 0.05
+    exact, flow, vlb = -law.log_prob(x0).mean(), -names["exact"].log_prob.mean(), names["vlb"].nats.mean()
+    assert abs(flow - exact) < 0.01 and exact < vlb < exact + 1
+
+
 def test_network_lines(tmp_path: Path) -> None:
     from alphabar import nets
 
     made = nets.UNet(image_size=16, in_channels=3, channels=(16, 32), blocks=1, groups=8)
     nets.save_diffusers_unet(made, tmp_path)
     x = np.zeros((2, 32, 32, 3), np.float32)
-    code = BLOCKS[1].replace("folder-with-config-and-safetensors", str(tmp_path))
+    code = BLOCKS[2].replace("folder-with-config-and-safetensors", str(tmp_path))
     names: dict = {"x": x, "t": np.array([1, 1000]), "y": np.array([3, 10])}
     exec(code, names)
     assert names["eps"].shape == x.shape and names["net"].config["channels"] == [16, 32]
