@@ -42,7 +42,7 @@ class _Projections:
 class _ResBlock:
     """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); or the time scales and shifts norm2's output."""
 
-    def __init__(self, net: "UNet", name: str, n_in: int, n_out: int) -> None:
+    def __init__(self, net: Any, name: str, n_in: int, n_out: int) -> None:  # net: a UNet, or another network of its blocks
         c, store = net.config, net.params
         self.modulate = c["scale_shift"]
         self.layer = len(net.projections.blocks)
