@@ -20,4 +20,4 @@ PATH = 12  # forward paths of the bound; step = draw·(rows + 1) + row, sample =
 KNOWN = 16  # noise of the known part in inpainting; step = visit of a level, sample = global index of the sample
 RETURN = 17  # noise of RePaint's way back up; step = visit of a level, sample = global index of the sample
 EDIT = 18  # seeds of the repeats of image-to-image editing; step = repeat
-MEASURE = 19  # noise that a tool adds to a measurement; step = 0, sample = index of the image
+MEASURE = 19  # what a tool does to images before it restores them; step = 0 noise (sample = index of the image), 1 mask
