@@ -142,8 +142,12 @@ def locate(name: str, root: Path = PACKAGE) -> tuple[Path, int] | None:
         base = root.joinpath(*parts[:k])
         for path in (base.with_suffix(".py"), base / "__init__.py"):
             if path.is_file():
-                line = _definitions(path).get(".".join(parts[k:]))
-                return None if line is None else (path, line)
+                wanted = ".".join(parts[k:])
+                line = _definitions(path).get(wanted)
+                if line is not None:
+                    return path, line
+                module = _imports(path).get(parts[k])  # a name that the module passes on from another
+                return None if module is None else locate(".".join([*path.relative_to(root).parts[:-1], module, wanted]), root)
     return None
 
 
@@ -155,6 +159,14 @@ def locate_test(name: str, root: Path = PACKAGE) -> tuple[Path, int] | None:
         return None
     line = _definitions(path).get(function.partition("[")[0].replace("::", "."))
     return None if line is None else (path, line)
+
+
+@functools.cache
+def _imports(path: Path) -> dict[str, str]:
+    """The sibling module that each name of ``from .module import name`` comes from."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    siblings = [node for node in body if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
+    return {alias.name: str(node.module) for node in siblings for alias in node.names if alias.asname is None}
 
 
 @functools.cache

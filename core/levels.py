@@ -41,6 +41,11 @@ class Levels(ABC):
         with np.errstate(divide="ignore"):
             return noise / signal
 
+    @property
+    def sigma_limit(self) -> float:
+        """The largest σ̄ that a sampler may take the state to: that of T."""
+        return float(self.sigma_bar_at(self.T))
+
     def step_variance(self, t: Any, t_to: Any) -> np.ndarray:
         """The variance that the process adds from t_to to t > t_to."""
         return step_variance(*self.levels(t), *self.levels(t_to))

@@ -1,5 +1,6 @@
 """The one sampler loop. What is sampled, and how, stands in the table (:mod:`alphabar.core.tables`)."""
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
+from .convert import coefficients
 from .exchange import Array
 from .table import Table
 
@@ -45,8 +47,9 @@ def sample(
     guidance: Callable[[Array, Array], Array] | None = None,
     progress: Callable[[int, int], Any] | None = None,
     before: Callable[[Array, int], Array] | None = None,
+    threshold: float | tuple[float, float] | None = None,
 ) -> Array:
-    """Run ``table`` from x_T, one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
+    """Run ``table`` from x_T, at most one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
 
     model: gets the state (to read, not to keep: it is overwritten) and the time t as a (B,) array, int64, or float64 where the
         table stops between whole times; returns an array like the state, of the kind ``table.prediction``.
@@ -58,6 +61,9 @@ def sample(
     guidance: guidance(x, t) returns a gradient to add to the model's score, e.g. w·∇ log p(c|x_t). Eq: S0-E33.
     progress: called as progress(rows done, rows).
     before: before(x, i) returns the state to go on with ahead of row i, a correction of x or x itself.
+    threshold: p, or (p, highest): dynamic thresholding of the predicted x0, see :func:`thresholded`; ε is re-derived from it. It
+        replaces ``clip``. The quantile needs the whole sample, so x0 is formed and partly sorted outside the fused kernel, about
+        three more passes over the state a row.
 
     Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
     """
@@ -71,34 +77,72 @@ def sample(
     xp = array_module(x)
     x = x.copy(order="C")
     given = None if noise is None else _noise(native(noise), table, x)
-    rows, times, past = table.rows(clip is not None, rederive_eps), table.times, table.past
-    depth = int(past.max())
-    ring = [xp.empty_like(x) for _ in range(depth)]  # the kernel may write what it keeps over the oldest that it reads
     on_output = table.guidance_on_output()
+    if threshold is not None:
+        if clip is not None or not rederive_eps:
+            raise ValueError("threshold goes without clip, and re-derives eps")
+        quantile, highest = _limits(threshold)
+        on_x, on_m = coefficients(table.prediction, "x0", table.signal, table.noise)
+        table = dataclasses.replace(table, prediction="x0")
+    rows, times, past, asks = table.rows(clip is not None, rederive_eps), table.times, table.past, table.asks
+    last_read, keeps = table.last_read, bool(past.any())
+    outputs: dict[int, Array] = {}  # of the rows that a later one reads
+    spare: list[Array] = []
     states = xp.empty((len(table) + 1, *x.shape), x.dtype) if trajectory else None
     if states is not None:
         states[0] = x
-    history: tuple[Array, ...] = ()
     for i in range(len(table)):
         if before is not None:
             x[...] = answer_of(before(restore(x, x_T), i), x, "before")
-        t = restore(xp.full(x.shape[0], times[i]), x_T)
-        state = restore(x, x_T)
-        m = answer_of(model(state, t), x, "model")
-        gradient = None if guidance is None else answer_of(guidance(state, t), x, "guidance")
-        if gradient is not None and (depth or clip is not None):  # the stored and the bounded x0 must be guided too
-            m, gradient = m + float(on_output[i]) * gradient, None
+        m, gradient = x, None
+        if asks[i]:
+            t = restore(xp.full(x.shape[0], times[i]), x_T)
+            state = restore(x, x_T)
+            m = answer_of(model(state, t), x, "model")
+            gradient = None if guidance is None else answer_of(guidance(state, t), x, "guidance")
+            if gradient is not None and (keeps or clip is not None or threshold is not None):
+                m, gradient = m + float(on_output[i]) * gradient, None  # the stored and the bounded x0 must be guided too
+            if threshold is not None:
+                m = thresholded(float(on_x[i]) * x + float(on_m[i]) * m, quantile, highest)
         z = None if table.c[i] == 0 else True if given is None else given[i]
-        store = ring[i % depth] if depth else None
+        history = tuple(outputs[i - k] for k in table.back[i, : past[i]])
+        for k in [k for k in outputs if last_read[k] <= i]:  # the kernel may write what it keeps over what it reads
+            spare.append(outputs.pop(k))
+        store = (spare.pop() if spare else xp.empty_like(x)) if last_read[i] > i else None
         options = {"guidance": gradient, "noise": z, "clip": clip, "seed": seed, "first_sample": first_sample}
-        kernels.step(x, m, rows, i, history[: past[i]], out=x, store=store, **options)
+        kernels.step(x, m, rows, i, history, out=x, store=store, **options)
         if store is not None:
-            history = (store, *history)[:depth]
+            outputs[i] = store
         if states is not None:
             states[i + 1] = x
         if progress is not None:
             progress(i + 1, len(table))
     return restore(x if states is None else states, x_T)
+
+
+def thresholded(x0: Array, quantile: float = 0.995, highest: float = np.inf) -> Array:
+    """x0 bounded to [−b, b] and divided by b, b the ``quantile`` of |x0| in each sample, at least 1 and at most ``highest``.
+
+    Keeps the pixels of strong guidance from saturating. Imagen's p = 0.995 has no ``highest``; diffusers' default is 1, which is
+    a static clip. x0 (B, …), NumPy or CuPy. Source: Saharia et al. 2022, section 2.3.
+    """
+    if x0.size == 0:
+        return x0
+    xp = array_module(x0)
+    b = (
+        xp.clip(xp.quantile(xp.abs(x0).reshape(x0.shape[0], -1), quantile, axis=1), 1.0, highest)
+        .astype(x0.dtype)
+        .reshape(-1, *(1,) * (x0.ndim - 1))
+    )
+    return xp.clip(x0, -b, b) / b
+
+
+def _limits(threshold: Any) -> tuple[float, float]:
+    """(quantile, highest) of the argument ``threshold``."""
+    given = threshold if isinstance(threshold, (tuple, list)) else (threshold, np.inf)
+    if len(given) != 2 or not 0 < given[0] <= 1 or not given[1] >= 1:
+        raise ValueError(f"threshold must be a quantile in (0, 1], or (quantile, highest) with highest >= 1, not {threshold!r}")
+    return float(given[0]), float(given[1])
 
 
 def answer_of(value: Any, x: Array, name: str) -> Array:

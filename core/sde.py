@@ -15,7 +15,7 @@ from ..kernels.arrays import is_native, native, restore
 from .exchange import Array, lift, real_times
 from .levels import SPACINGS, Levels, whole_steps
 
-__all__ = ["SDE", "VESDE", "VPSDE", "SubVPSDE"]
+__all__ = ["EDM", "SDE", "VESDE", "VPSDE", "SubVPSDE"]
 
 
 class SDE(Levels):
@@ -134,6 +134,63 @@ class VESDE(SDE):
 
     def _fraction(self, sigma: np.ndarray) -> np.ndarray:
         return np.log1p((sigma / self.sigma_min) ** 2) / (2 * self._growth)
+
+
+@dataclass(frozen=True)
+class EDM(SDE):
+    """dx = √(2σ) dw with the time t = σ itself: x_t = x0 + σ·ε. Source: Karras et al. 2022.
+
+    T = ``sigma_max``, and samplers ask from ``sigma_min`` on; "karras" is the spacing of the paper. Levels beyond σ_max exist
+    too, since a sampler with churn goes there. A network of the paper's form comes in by :func:`alphabar.core.convert.edm_model`.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    name = "edm"
+    sigma_limit = np.inf
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+            raise ValueError(
+                f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}"
+            )
+
+    @property
+    def T(self) -> float:  # type: ignore[override]
+        return self.sigma_max
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]
+        return self.sigma_min
+
+    @property
+    def prior_std(self) -> float:  # type: ignore[override]
+        """σ_max."""
+        return self.sigma_max
+
+    def check(self, t: Any) -> np.ndarray:
+        t = np.asarray(t, np.float64)
+        if not np.all((t >= 0) & (t < np.inf)):
+            raise ValueError(f"t must be finite and at least 0, not {t.min()}..{t.max()}")
+        return t
+
+    def levels(self, t: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(1, t)."""
+        t = self.check(t)
+        return np.ones_like(t), t
+
+    def time(self, sigma: Any) -> np.ndarray:
+        """σ̄ itself."""
+        return self.check(sigma)
+
+    def drift_factor(self, t: Any) -> np.ndarray:
+        return np.zeros_like(self.check(t))
+
+    def diffusion(self, t: Any) -> np.ndarray:
+        return np.sqrt(2 * self.check(t))
+
+    def _fraction(self, sigma: np.ndarray) -> np.ndarray:
+        return sigma / self.sigma_max
 
 
 class _Decaying(SDE):

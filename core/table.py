@@ -7,24 +7,28 @@ from typing import Any
 import numpy as np
 
 from ..kernels.reference import ROW
-from .convert import PREDICTIONS, coefficients
+from .convert import check_prediction, coefficients
 
 TOLERANCE = 2e-14  # of the laws, relative to the sum of the terms and the levels: a stray noise of c = 1e-6 shows as 1e-12
+STORED = 3  # stored outputs that a row can read
 COLUMNS = ("t", "signal", "noise", "signal_to", "noise_to", "A", "B0", "Be", "c", "excess")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Table:
-    """The rows of a sampler, one evaluation of the model each. Eq: S0-E31, S0-E47, S0-E49.
+    """The rows of a sampler, at most one evaluation of the model each. Eq: S0-E31, S0-E47, S0-E49.
 
-    With x = signal·x0 + noise·ε at the row's level, x0 and ε as the model predicts them at time t, and y_{−k} what the history
-    kept of the k-th row before:
+    With x = signal·x0 + noise·ε at the row's level, x0 and ε as the model predicts them at time t, and y_{−k} what the model
+    predicted k rows before:
 
-        x' = A·x + B0·x0 + Be·ε + Σ_k H_k·y_{−k} + c·z,    z ~ N(0, I)
+        x' = A·x + B0·x0 + Be·ε + Σ_j H_j·y_{−back_j} + c·z,    z ~ N(0, I)
 
-    Columns are float64 of length R (H is (R, 3)); ``history`` says whether y is "x0" or "eps". The constructor checks that values
-    are finite, that each row starts where the one before ends, that levels move one way, and, where ``exact``, that a sampler
-    ends at clean data without noise and the laws of a correct step: true x0 and ε give signal_to·x0 and variance noise_to²,
+    Columns are float64 of length R (H is (R, 3)); ``history`` says whether y is "x0" or "eps"; ``back``, (R, 3) integers, which
+    rows it reads, 1, 2 and 3 before unless given. A row without a use for its prediction does not ask the model (``asks``). The
+    constructor checks that values are finite, that each row starts where the one before ends, that levels move one way — but for
+    a row that only adds noise, x' = A·x + c·z, the forward process — and, where ``exact``, that a sampler ends at clean data
+    without noise (or, with ``stops``, at the noise level it names) and the laws of a correct step: true x0 and ε give
+    signal_to·x0 and variance noise_to²,
 
         A·signal + B0 [+ ΣH if history is x0] = signal_to,    (A·noise + Be [+ ΣH if history is eps])² + c² = noise_to² + excess.
 
@@ -46,16 +50,18 @@ class Table:
     c: np.ndarray
     excess: np.ndarray
     exact: np.ndarray
+    back: np.ndarray
+    stops: bool = False
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
+        check_prediction(self.prediction)
         if self.history not in ("x0", "eps"):
             raise ValueError(f"history must be 'x0' or 'eps', not {self.history!r}")
         rows = np.size(self.t)
-        for f in fields(self)[3:]:
-            value = np.array(getattr(self, f.name), bool if f.name == "exact" else np.float64)
-            shape = (rows, 3) if f.name == "H" else (rows,)
+        kinds: dict[str, type] = {"exact": bool, "back": np.int64}
+        for f in fields(self)[3:-1]:
+            value: np.ndarray = np.array(getattr(self, f.name), kinds.get(f.name, np.float64))
+            shape = (rows, STORED) if f.name in ("H", "back") else (rows,)
             if value.shape != shape or rows == 0:
                 raise ValueError(f"{f.name} must have shape {shape} with at least one row, not {value.shape}")
             value.setflags(write=False)
@@ -67,19 +73,26 @@ class Table:
             self._refuse(~np.isfinite(getattr(self, name)).reshape(len(self), -1).all(axis=1), f"{name} must be finite")
         for name in ("signal", "noise", "signal_to", "noise_to", "c"):
             self._refuse(getattr(self, name) < 0, f"{name} must not be negative")
-        unborn = np.arange(3) >= np.arange(len(self))[:, None]
-        self._refuse(((self.H != 0) & unborn).any(axis=1), "H must be 0 before the first stored output")
+        reach = np.where(np.arange(STORED) < self.past[:, None], self.back, 1).max(axis=1)
+        self._refuse((self.past > 0) & (reach > np.arange(len(self))), "H must be 0 before the first stored output")
+        self._refuse(self.back.min(axis=1) < 1, "back must be at least 1")
         apart = (self.signal_to[:-1] != self.signal[1:]) | (self.noise_to[:-1] != self.noise[1:])
         self._refuse(np.r_[False, apart], "a row must start at the level where the one before ends")
         way = -1 if self.descends else 1
-        self._refuse(np.r_[False, np.diff(self.t) * way < 0], f"t must {'descend' if self.descends else 'ascend'}")
-        stays = (self.signal == self.signal_to) & (self.noise == self.noise_to)
         turn = self.noise_to * self.signal - self.noise * self.signal_to  # the sign of the change of noise/signal
-        self._refuse(~stays & (turn * way <= 0), "the noise-to-signal level must move one way")
+        bare = (self.B0 == 0) & (self.Be == 0) & (self.H == 0).all(axis=1)
+        added = bare & (self.c > 0) & (turn > 0)
+        stays = (self.signal == self.signal_to) & (self.noise == self.noise_to)
+        self._refuse(~stays & ~added & (turn * way <= 0), "the noise-to-signal level must move one way")
+        backwards = (np.diff(self.t) * way < 0) & ~added[:-1]
+        self._refuse(np.r_[False, backwards], f"t must {'descend' if self.descends else 'ascend'}")
         if self.descends:
             ends = (self.signal_to[-1], self.noise_to[-1], self.c[-1]) == (1, 0, 0)
             last = np.arange(len(self)) == len(self) - 1
-            self._refuse(last & self.exact & (not ends), "the last row must end at clean data (1, 0) with c = 0")
+            if self.stops:
+                self._refuse(last & (self.noise_to == 0), "a table that stops early must end at a noise level above 0")
+            else:
+                self._refuse(last & self.exact & (not ends), "the last row must end at clean data (1, 0) with c = 0")
         past, on_x0 = self.H.sum(axis=1), self.history == "x0"
         size = np.abs(self.H).sum(axis=1) + np.abs(self.A) + np.abs(self.B0) + np.abs(self.Be) + 1
         square = np.maximum(1, np.maximum(self.noise, self.noise_to) ** 2)
@@ -107,7 +120,25 @@ class Table:
     @property
     def past(self) -> np.ndarray:
         """How many stored outputs each row reads, 0..3."""
-        return np.where(self.H != 0, np.arange(1, 4), 0).max(axis=1)
+        return np.where(self.H != 0, np.arange(1, STORED + 1), 0).max(axis=1)
+
+    @property
+    def last_read(self) -> np.ndarray:
+        """The last row that reads the output of each row; the row itself where none does."""
+        last = np.arange(len(self))
+        for i, (past, back) in enumerate(zip(self.past, self.back, strict=True)):
+            last[i - back[:past]] = i
+        return last
+
+    @property
+    def asks(self) -> np.ndarray:
+        """Whether each row asks the model: it uses the prediction, or a later row does."""
+        return (self.B0 != 0) | (self.Be != 0) | (self.last_read > np.arange(len(self)))
+
+    @property
+    def evaluations(self) -> int:
+        """How often the model is asked in all."""
+        return int(self.asks.sum())
 
     @property
     def times(self) -> np.ndarray:
@@ -164,10 +195,18 @@ def table(
     excess: Any = 0.0,
     history: str = "eps",
     exact: Any = True,
+    back: np.ndarray | None = None,
+    stops: bool = False,
 ) -> Table:
-    """A Table of rows that run through R + 1 levels (signal, noise); columns not given are zero."""
+    """A Table of rows that run through R + 1 levels (signal, noise); columns not given are zero.
+
+    The shortest way to a new sampler of one row a step; :class:`alphabar.core.rows.Rows` is that to one of several stages.
+    """
     rows = len(t)
-    past = np.zeros((rows, 3)) if H is None else np.asarray(H, np.float64)
+    past = np.zeros((rows, STORED)) if H is None else np.asarray(H, np.float64)
+    if back is None:
+        back = np.tile(np.arange(1, STORED + 1), (rows, 1))
     given = {"A": A, "B0": B0, "Be": Be, "c": c, "excess": excess, "exact": exact}
     full = {k: np.broadcast_to(v, rows) for k, v in given.items()}
-    return Table(name, prediction, history, t, signal[:-1], noise[:-1], signal[1:], noise[1:], H=past, **full)
+    levels = signal[:-1], noise[:-1], signal[1:], noise[1:]
+    return Table(name, prediction, history, t, *levels, H=past, back=back, stops=stops, **full)

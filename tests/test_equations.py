@@ -184,8 +184,10 @@ def test_ids_in_the_sources_are_known():
 def listed(name, i):
     """Whether the map lists the function (of a module: any of its functions) under the id."""
     functions = ENTRIES[i].functions
-    is_module = (ROOT / f"{name.replace('.', '/')}.py").is_file()
-    return name in functions or (is_module and any(f.startswith(f"{name}.") for f in functions))
+    module = ROOT / f"{name.replace('.', '/')}.py"
+    if module.is_file():
+        return any(f.startswith(f"{name}.") or equations.locate(f)[0] == module for f in functions)
+    return equations.locate(name) in {equations.locate(f) for f in functions}  # by its public name or that of its module
 
 
 def test_what_a_docstring_claims_the_map_lists():
