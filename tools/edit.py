@@ -16,7 +16,7 @@ from alphabar.tools import dataset_file, editor, pictures, trained
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
 from alphabar.tools.config import Config
 from alphabar.tools.editor import METHODS, ONLY, Batch, Job
-from alphabar.tools.make_dataset import _pixels
+from alphabar.tools.make_dataset import read_image
 from alphabar.tools.methods import Process
 from alphabar.tools.progress import Progress
 
@@ -298,7 +298,7 @@ def _mask(text: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:
     path = Path(text)
     if not path.suffix:
         raise UserError(f"--mask must be one of {', '.join(MASKS)}, random:FRACTION or an image file, not {text!r}")
-    pixels = _pixels(path, "L", None)
+    pixels = read_image(path, "L", None)
     if pixels.shape[:2] != (height, width):
         raise UserError(f"--mask {text}: the image is {_size(pixels.shape)}, the network takes {height}×{width}")
     return pixels >= 128
@@ -357,7 +357,7 @@ def _spread(labels: np.ndarray | None, n: int, total: int) -> np.ndarray:
 def _image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if shape[2] not in (1, 3):
         raise UserError(f"--image: the network's images have {shape[2]} channels, image files have 1 or 3")
-    pixels = _pixels(path, "L" if shape[2] == 1 else "RGB", None)
+    pixels = read_image(path, "L" if shape[2] == 1 else "RGB", None)
     if pixels.shape != shape:
         raise DataError(path, f"is {_size(pixels.shape)}, want {_size(shape)} here (images are not resized)")
     return pixels

@@ -182,7 +182,7 @@ def _from_folder(options: Any) -> str:
     labels = np.array([k for _, k in files]) if classes else None
     kept = _first(labels, len(files), options.limit)
     files, labels = [files[k] for k in kept], None if labels is None else labels[kept]
-    first = _pixels(files[0][0], options.mode, options.size)
+    first = read_image(files[0][0], options.mode, options.size)
     mode = options.mode or ("L" if all(_is_gray(path) for path, _ in files) else "RGB")
     channels = 1 if mode == "L" else 3
     shape = (len(files), *(options.pad or first.shape[:2]), channels)
@@ -191,7 +191,7 @@ def _from_folder(options: Any) -> str:
     def blocks() -> Iterator[np.ndarray]:
         with Progress("reading", len(files), 0, options.quiet, "image") as bar:
             for path, _ in files:
-                image = _pixels(path, mode, options.size)
+                image = read_image(path, mode, options.size)
                 if image.shape != (*first.shape[:2], channels):
                     raise DataError(
                         path,
@@ -244,7 +244,7 @@ def _opened(path: Path) -> Any:
         raise DataError(path, getattr(e, "strerror", None) or str(e)) from e
 
 
-def _pixels(path: Path, mode: str | None, size: tuple[int, int] | None) -> np.ndarray:
+def read_image(path: Path, mode: str | None, size: tuple[int, int] | None) -> np.ndarray:
     """One image as uint8 (H, W, C): upright, on white where it is transparent, cropped from the centre and resized."""
     from PIL import Image, ImageOps
 
