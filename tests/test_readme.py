@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alphabar.core import samplers, schedules
 from alphabar.tools import cli, config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,20 +22,42 @@ COMMANDS = [
 ]
 
 
+def block(word: str) -> str:
+    """The one block of Python that holds a word."""
+    (found,) = (b for b in BLOCKS if word in b)
+    return found
+
+
 def test_the_api_in_twenty_lines() -> None:
     names: dict = {}
-    exec(BLOCKS[0], names)
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 22
+    code = block("tables.dpm_solver_pp(")
+    exec(code, names)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22
     assert abs(names["x"].mean() - 0.7) < 0.01 and abs(names["x"].std() - 0.2) < 0.02  # the last table's samples
 
 
 def test_scores_sdes_and_likelihood() -> None:
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(block("GaussianMixture("), names)
     x, law, x0 = names["x"], names["law"], names["x0"]
     assert abs((x < 0).mean() - 0.2) < 0.05 and abs(abs(x).mean() - 4) < 0.05
     exact, flow, vlb = -law.log_prob(x0).mean(), -names["exact"].log_prob.mean(), names["vlb"].nats.mean()
     assert abs(flow - exact) < 0.01 and exact < vlb < exact + 1
+
+
+def test_a_new_solver(gaussian: type, linear: schedules.Schedule) -> None:
+    names: dict = {}
+    code = block("def exponential_midpoint")
+    exec(code, names)
+    assert len(code.partition("def ")[2].strip().splitlines()) <= 12
+    data, x_T = gaussian(0.7, 0.2), samplers.prior((50, 1), dtype=np.float64)
+    exact = data.flow(x_T, linear.signal[-1], linear.noise[-1], *linear.levels(1))
+    errors = []
+    for steps in (10, 20, 40):
+        table = names["exponential_midpoint"](linear, steps)
+        states = samplers.sample(data.model(linear), table, x_T, trajectory=True)
+        errors.append(np.abs(states[-2] - exact).max())  # before the last step, to clean data
+    assert errors[0] / errors[1] > 3.3 and errors[1] / errors[2] > 3.3
 
 
 def test_network_lines(tmp_path: Path) -> None:
@@ -43,7 +66,7 @@ def test_network_lines(tmp_path: Path) -> None:
     made = nets.UNet(image_size=16, in_channels=3, channels=(16, 32), blocks=1, groups=8)
     nets.save_diffusers_unet(made, tmp_path)
     x = np.zeros((2, 32, 32, 3), np.float32)
-    code = BLOCKS[2].replace("folder-with-config-and-safetensors", str(tmp_path))
+    code = block("load_diffusers_unet(").replace("folder-with-config-and-safetensors", str(tmp_path))
     names: dict = {"x": x, "t": np.array([1, 1000]), "y": np.array([3, 10])}
     exec(code, names)
     assert names["eps"].shape == x.shape and names["net"].config["channels"] == [16, 32]
