@@ -41,7 +41,7 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as e:
-        raise UserError("the demonstrations are drawn by matplotlib, which is missing: pip install 'alphabar[plots]'") from e
+        raise UserError("the pictures are drawn by matplotlib, which is missing: pip install 'alphabar[plots]'") from e
 
 
 @contextmanager
