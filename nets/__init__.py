@@ -1,7 +1,8 @@
-"""Networks: the tape, the differentiable functions, layers, the U-Net and the MLP, derivatives, optimisers, checkpoints."""
+"""Networks: the tape, the differentiable functions, layers, U-Net, MLP, classifier, derivatives, optimisers, checkpoints."""
 
 from .autograd import Tensor, backward, no_grad
 from .checkpoint import CheckpointError
+from .classifier import Classifier, cross_entropy
 from .diffusers import load_diffusers_unet, save_diffusers_unet
 from .gradcheck import gradcheck
 from .layers import ParameterStore, time_features
@@ -14,10 +15,12 @@ __all__ = [
     "MLP",
     "AdamW",
     "CheckpointError",
+    "Classifier",
     "ParameterStore",
     "Tensor",
     "UNet",
     "backward",
+    "cross_entropy",
     "gradcheck",
     "jvp",
     "learning_rate",

@@ -26,7 +26,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "make-dataset", "info"])
+@pytest.mark.parametrize("command", ["train", "train-classifier", "sample", "make-dataset", "info"])
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     assert f"usage: alphabar {command}" in capsys.readouterr().out

@@ -148,6 +148,21 @@ def test_what_belongs_to_another_method_is_refused_where_it_would_change_somethi
         configs.load(None, ["sample.sampler=langevin"])
 
 
+def test_importance_was_a_switch_once() -> None:
+    assert configs.from_dict({"train": {"importance": True}}).train.importance == "true"
+    assert configs.from_words(["train.importance=false"]).train.importance == "false"
+    with pytest.raises(ConfigError, match=r"train\.importance must be one of auto, true, false, not 'yes'"):
+        configs.from_words(["train.importance=yes"])
+    with pytest.raises(ConfigError, match=r"data\.path must be text, not True"):
+        configs.from_dict({"data": {"path": True}})
+
+
+def test_a_sampler_and_a_method_of_one_name_are_two_things() -> None:
+    c = configs.from_words(["method=vpsde", "sample.sampler=ddpm"])
+    assert not configs.belongs(c, "train.loss") and not configs.belongs(c, "diffusion.schedule")
+    assert configs.sampler(configs.from_words(["train.loss=hybrid"])) == "learned"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "missing.toml", tmp_path, tmp_path / "binary"):

@@ -3,6 +3,7 @@
 import signal
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from alphabar import kernels
-from alphabar.core import data, score_matching
+from alphabar.core import analytic, data, guidance, losses, score_matching, variance
 from alphabar.nets import checkpoint
 from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
@@ -147,32 +148,158 @@ def test_the_network_reads_inputs_of_unit_variance(images: Path, monkeypatch: py
 class Exact:
     """In the place of a network: the perfect answer for data N(mean, std²), from the input that a network would get."""
 
-    config, null = {"image_size": [4, 4], "out_channels": 1}, 3
+    config, null = {"image_size": [4, 4], "in_channels": 1, "classes": None}, 3
     mean, std = 0.2, 0.15
 
     def __init__(self, process: Process) -> None:
-        self.s, self.params = process.levels, self
+        self.s, self.params, self.learned = process.levels, self, process.learned
         self.xp = np
 
     def predict(self, x: Any, t: Any, y: Any = None) -> Any:
         a, n = (v.reshape(-1, 1, 1, 1) for v in self.s.levels(t))
         state = x * np.sqrt(a**2 + n**2)
-        return (n * (state - a * self.mean) / (a**2 * self.std**2 + n**2)).astype(x.dtype)
+        answer = (n * (state - a * self.mean) / (a**2 * self.std**2 + n**2)).astype(x.dtype)
+        return np.concatenate([answer, 0 * answer], axis=-1) if self.learned else answer  # v = 0: the lower end of the range
+
+    def gradient(self, k: float) -> Any:
+        """∇ log E[exp(k·Σx0)|x_t]: that of a classifier with log p(c|x0) = k·Σx0 + …, which moves the mean by k·std²."""
+
+        def of(x: Any, t: Any) -> Any:
+            a, n = (v.reshape(-1, 1, 1, 1) for v in self.s.levels(t))
+            return np.broadcast_to(k * a * self.std**2 / (a**2 * self.std**2 + n**2), x.shape).astype(x.dtype)
+
+        return lambda y: of
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_sampler_of_every_method_draws_the_data_of_an_exact_network(method: str) -> None:
     """Levels, times, input, prior and sampler fit together: images come out with the mean and deviation of the data."""
     process = Process(config(method, *(["diffusion.levels=60"] if method == "ncsn" else [])))
-    counts = {"em": 200, "rd": 200, "pc": 60, "ddpm": 100, "flow": 0, "langevin": 5, "rk4": 12}
+    counts = {"em": 200, "rd": 200, "pc": 60, "ddpm": 100, "euler-a": 100, "flow": 0, "langevin": 5, "rk4": 12, "learned": 100}
     for name in SAMPLERS[method]:
+        if name == "learned":
+            process = Process(config(method, "train.loss=hybrid"))
         count = counts.get(name, 40)
-        if method == "ncsn" and name in ("em", "rd", "ddpm", "pc"):
+        if method == "ncsn" and name in ("em", "rd", "ddpm", "euler-a", "pc"):
             count = 60
         chosen = sampling.sampler(process, Sample(name, count))
         (drawn,) = sampling.draw(process, Exact(process), chosen, None, 200, seed=1, batch=200)  # type: ignore[arg-type]
         x = data.to_unit(drawn).astype(np.float64)
         assert abs(x.mean() - Exact.mean) < 0.03 and abs(x.std() - Exact.std) < 0.035, (name, x.mean(), x.std())
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("heun", {"churn": 20.0}, "churn = 20"),
+        ("deis", {"order": 4}, "order 4"),
+        ("unipc", {"order": 3, "steps": 10}, "order 3"),
+        ("ddim", {"threshold": 0.9}, "ddim"),
+    ],
+)
+def test_settings_of_a_sampler_reach_it(name: str, more: dict[str, Any], words: str) -> None:
+    process = Process(config("ddpm"))
+    settings = Sample(name, **{"steps": 40, **more})
+    chosen = sampling.sampler(process, settings, "karras" if name != "ddim" else None)
+    assert words in chosen.name
+    (drawn,) = sampling.draw(process, Exact(process), chosen, None, 200, seed=1, batch=200)  # type: ignore[arg-type]
+    x = data.to_unit(drawn).astype(np.float64)
+    assert abs(x.mean() - Exact.mean) < 0.03 and abs(x.std() - Exact.std) < 0.035
+
+
+def test_the_best_variance_gives_gaussian_data_their_deviation_in_few_steps() -> None:
+    """Ten steps of DDPM or DDIM with Γ of the network, along its best path or another; without it they miss by far."""
+    process = Process(config("ddpm"))
+    exact, rng = Exact(process), np.random.default_rng(0)
+    x0 = (Exact.mean + Exact.std * rng.standard_normal((300, 4, 4, 1))).astype(np.float32)
+    times = np.unique(np.r_[1, process.levels.times(200, "quadratic")])
+    gamma = analytic.measure_gamma(exact.predict, x0, process.levels, times)
+
+    def miss(name: str, spacing: str | None, gamma: analytic.Gamma | None, eta: float = 0.0) -> float:
+        chosen = sampling.sampler(process, Sample(name, 10, eta=eta), spacing, gamma)
+        assert ("best variance" in chosen.name) == (gamma is not None)
+        (drawn,) = sampling.draw(process, exact, chosen, None, 400, seed=1, batch=400)  # type: ignore[arg-type]
+        return abs(data.to_unit(drawn).std() / Exact.std - 1)
+
+    for name, eta in (("ddpm", 0.0), ("ddim", 0.5), ("ddim", 0.0), ("euler-a", 0.0)):
+        assert miss(name, "logsnr", gamma, eta) < 0.02 and miss(name, "optimal", gamma, eta) < 0.04
+        assert miss(name, "logsnr", None, eta) > 0.2
+    with pytest.raises(ValueError, match="spacing optimal needs"):
+        sampling.sampler(process, Sample("ddpm", 10), "optimal")
+    for name in ("pc", "flow", "heun", "dpm++"):
+        with pytest.raises(ValueError, match=f"ddpm, ddim, euler, euler-a, not with {name}"):
+            sampling.sampler(process, Sample(name), None, gamma)
+
+
+# -------------------------------------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("form", ["score", "mean"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "learned", "heun", "pc"])
+def test_a_classifier_tilts_the_law_of_an_exact_network(form: str, name: str) -> None:
+    """N(m, s²)·exp(w·k·x) is N(m + w·k·s², s²)."""
+    process = Process(config("ddpm", *(["train.loss=hybrid"] if name == "learned" else [])))
+    exact, shift = Exact(process), 0.2
+    k = shift / (2 * Exact.std**2)
+    chosen = sampling.sampler(process, Sample(name, 100 if form == "score" or name in ("heun", "pc") else 500))
+    how = sampling.Guide(gradient=exact.gradient(k), classifier_weight=2.0, form=form)
+    if form == "mean" and name in ("ddim", "heun", "pc"):
+        with pytest.raises(ValueError, match=r"mean|one evaluation each"):
+            sampling.guided(process, exact, chosen, None, how)  # type: ignore[arg-type]
+        return
+    (drawn,) = sampling.draw(process, exact, chosen, None, 150, seed=1, batch=150, how=how)  # type: ignore[arg-type]
+    x = data.to_unit(drawn).astype(np.float64)
+    assert abs(x.mean() - Exact.mean - shift) < 0.03 and abs(x.std() - Exact.std) < 0.035, (x.mean(), x.std())
+
+
+def test_the_mean_form_moves_a_mean_whose_x0_is_clipped() -> None:
+    process = Process(config("ddpm"))
+    exact, chosen = Exact(process), sampling.sampler(process, Sample("ddpm", 50))
+    gradient = exact.gradient(1.0)
+    model, options = sampling.guided(process, exact, chosen, None, sampling.Guide(gradient=gradient, form="mean"))  # type: ignore[arg-type]
+    assert options == {"clip": None}
+    x, t = np.full((2, 4, 4, 1), 3.0, np.float32), np.array([21, 21])  # x0 is 2.4 there
+    clipped, free = (guidance.mean_guided(exact.predict, gradient(None), chosen.table, clip=c)(x, t) for c in ((-1, 1), None))
+    np.testing.assert_array_equal(model(x, t), clipped)
+    assert np.abs(clipped - free).max() > 0.1
+
+
+class Classes:
+    """A network of two classes, the null class and a variance: ε is class + 1 times a fixed image, v the class."""
+
+    config, null = {"image_size": [4, 4], "in_channels": 1, "classes": 2}, 2
+    image = np.random.default_rng(0).standard_normal((1, 4, 4, 1)).astype(np.float32)
+
+    def predict(self, x: Any, t: Any, y: Any) -> Any:
+        c = np.asarray(y, np.float32).reshape(-1, 1, 1, 1)
+        return np.concatenate([(c + 1) * self.image, c + 0 * self.image], axis=-1)
+
+
+def test_the_variance_is_not_guided_and_the_settings_of_guidance_reach_it() -> None:
+    process = Process(config("ddpm", "train.loss=hybrid"))
+    net, x, y, w = Classes(), np.zeros((2, 4, 4, 1), np.float32), np.array([0, 1]), 1.5
+    t = np.array([900, 900])  # n/a is 60 at 900, and 0.08 at 20
+
+    def answer(settings: Sample, name: str, t: Any = t) -> Any:
+        chosen = sampling.sampler(process, Sample(name))
+        model, _ = sampling.guided(process, net, chosen, y, sampling.guide(settings))  # type: ignore[arg-type]
+        return model(x, t)
+
+    eps = (y + 1).reshape(2, 1, 1, 1) * net.image
+    wanted = (1 + w) * eps - w * 3 * net.image
+    plain = answer(Sample(guidance=w), "learned")
+    np.testing.assert_allclose(plain[..., :1], wanted, rtol=1e-5)
+    np.testing.assert_array_equal(plain[..., 1], np.broadcast_to(y.reshape(2, 1, 1), (2, 4, 4)))
+    np.testing.assert_array_equal(answer(Sample(guidance=w), "ddim"), plain[..., :1])  # which takes the mean alone
+    rescaled = answer(Sample(guidance=w, rescale=1.0), "ddim")
+    np.testing.assert_allclose(rescaled.std(axis=(1, 2, 3)), eps.std(axis=(1, 2, 3)), rtol=1e-5)
+    for low, high, inside in ((0.0, 5.0, False), (5.0, 0.0, True), (50.0, 70.0, True), (70.0, 90.0, False)):
+        got = answer(Sample(guidance=w, interval_low=low, interval_high=high), "ddim")
+        np.testing.assert_allclose(got, wanted if inside else eps, rtol=1e-5)
+    low_time = answer(Sample(guidance=w, interval_low=5.0), "ddim", np.array([20, 20]))
+    np.testing.assert_allclose(low_time, eps, rtol=1e-6)
+    with pytest.raises(ValueError, match="interval_high must be 0 or at least"):
+        sampling.sampler(process, Sample("ddim", interval_low=2.0, interval_high=1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------------ whole runs
@@ -225,6 +352,84 @@ def test_every_method_trains_resumes_bit_for_bit_and_samples(
         if name != "flow":  # its steps are those of the whole batch
             assert np.abs(drawn[5] - drawn[2]).max() <= 1, name
     assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [["train.loss=hybrid"], ["train.weighting=p2", "diffusion.prediction=v"]])
+def test_times_drawn_by_their_losses_go_on_bit_for_bit(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own: list[str]
+) -> None:
+    """Their history is in the checkpoint: stopped before and after it is full, and resumed, the run is the unbroken one."""
+    monkeypatch.setattr(methods.variance, "ImportanceTimes", partial(variance.ImportanceTimes, history=2))
+    more = [*own, "train.importance=true", "diffusion.T=5", "diffusion.schedule=cosine", "sample.steps=3"]
+    assert train.main(words(images, "ddpm", *more, name="whole", steps=12)) == 0
+    step, warm = trainer.Trainer.step, []
+    for k in (1, 10):
+        with monkeypatch.context() as patch:
+
+            def stopped(self: trainer.Trainer, k: int = k) -> trainer.Step:
+                if self.done == k:
+                    signal.raise_signal(signal.SIGTERM)
+                    assert self.process.history is not None
+                    warm.append(self.process.history.warm)
+                return step(self)
+
+            patch.setattr(trainer.Trainer, "step", stopped)
+            assert train.main(words(images, "ddpm", *more, name=f"r{k}", steps=12)) == 128 + signal.SIGTERM
+        assert train.main(["--resume", str(run_of(images, f"r{k}")), "--device", "cpu", "--quiet"]) == 0
+        assert last(run_of(images, f"r{k}")).read_bytes() == last(run_of(images, "whole")).read_bytes()
+    assert warm == [False, True]
+    arrays, meta = checkpoint.load(last(run_of(images, "whole")))
+    assert arrays["importance/counts"].tolist() == [2] * 5 and meta["config"]["train"]["importance"] == "true"
+    assert train.main(words(images, "ddpm", *own, *more[-3:], name="uniform", steps=12)) == 0
+    other, _ = checkpoint.load(last(run_of(images, "uniform")))
+    assert not np.array_equal(other["weights/conv_in.weight"], arrays["weights/conv_in.weight"])
+    assert "importance/counts" not in other
+
+    learned = own == ["train.loss=hybrid"]
+    assert meta["model"]["out_channels"] == 1 + learned
+    for name in ("learned", "ddim") if learned else ("ddim",):
+        out = images.parent / f"{name}.h5"
+        asked = [] if name == "learned" else ["--sampler", name]  # learned is the run's own
+        where = ["--n", "4", "--out", str(out), "--quiet", "--device", "cpu"]
+        assert sample.main([str(run_of(images, "whole")), *asked, *where]) == 0
+        with h5py.File(out) as f:
+            assert f["images"].shape[:3] == (4, 4, 4) and f.attrs["sampler"] == name
+    capsys.readouterr()
+    if learned:
+        again = ["--resume", str(run_of(images, "whole")), "--set", "train.loss=simple", "--set", "sample.sampler=ddim"]
+        assert train.main([*again, "--device", "cpu", "--quiet"]) == 2
+        assert "a resumed run cannot change train.loss: its checkpoint has hybrid" in capsys.readouterr().err
+
+
+def test_importance_weighs_the_loss_and_remembers_it_without_its_weight() -> None:
+    process = Process(config("ddpm", "train.importance=true", "diffusion.T=6", "diffusion.schedule=cosine"))
+    history = process.history
+    assert history is not None and Process(config("ddpm")).history is None
+    history.losses[:], history.counts[:] = np.arange(1, 7)[:, None], 10
+    example = process.example(batch(), seed=3, step=5)
+    p = np.arange(1, 7) / 21 * 0.999 + 0.001 / 6
+    np.testing.assert_allclose(example.share, 1 / (6 * p[example.times - 1]), rtol=1e-9)
+    F = batch()[::-1].copy()
+    value, gradient = process.loss(F, example)
+    plain, slope = losses.weighted_loss(F, example.target)
+    np.testing.assert_allclose(value, example.share * plain, rtol=1e-5)
+    np.testing.assert_allclose(gradient, example.share.reshape(-1, 1, 1, 1) * slope, rtol=1e-5)
+    process.learn(example, value)
+    last_at = {int(t): v for t, v in zip(example.times, plain, strict=True)}
+    for t, v in last_at.items():
+        assert history.losses[t - 1, -1] == pytest.approx(v, rel=1e-5)
+
+
+def test_the_hybrid_loss_is_that_of_core_and_its_weights_are_p2() -> None:
+    process = Process(config("ddpm", "train.loss=hybrid", "train.weighting=p2"))
+    example = process.example(batch(), seed=3, step=5)
+    output = np.random.default_rng(1).standard_normal((64, 4, 4, 2), np.float32)
+    s: Any = process.levels
+    simple = variance.p2_weight(example.times, s)
+    want = variance.hybrid_loss(output, example.target, example.times, s, x0=example.x0, simple_weight=simple)
+    for a, b in zip(process.loss(output, example), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert abs(want[0].mean() - losses.weighted_loss(output[..., :1], example.target, simple)[0].mean()) > 1e-4
 
 
 @pytest.mark.parametrize("method", ["ncsn", "vpsde"])
@@ -281,9 +486,17 @@ def test_names_are_the_same_everywhere() -> None:
         (["method=ncsn", "diffusion.T=1000"], "diffusion.T goes with the method ddpm, not with ncsn"),
         (["method=vpsde", "diffusion.sigma_max=9"], "diffusion.sigma_max goes with the methods ncsn, vesde, not with vpsde"),
         (["method=vesde", "diffusion.beta_max=9"], "diffusion.beta_max goes with the methods vpsde, subvpsde, not with vesde"),
-        (["train.importance=false"], "train.importance goes with the methods vpsde, vesde, subvpsde, not with ddpm"),
+        (["method=ncsn", "train.importance=false"], "goes with the methods ddpm, vpsde, vesde, subvpsde, not with ncsn"),
+        (["method=ncsn", "sample.sampler=ddpm", "train.loss=hybrid"], "train.loss goes with the method ddpm, not with ncsn"),
+        (["sample.sampler=learned"], "learned needs a network that has learned its variance (train.loss=hybrid)"),
+        (
+            ["sample.sampler=heun", "sample.order=3"],
+            "goes with the samplers dpm, dpm++, dpm++sde, ab, deis, unipc, not with heun",
+        ),
+        (["sample.sampler=pc", "sample.threshold=0.9"], "[sample]: threshold does not go with the sampler pc"),
+        (["sample.sampler=pndm", "sample.steps=3"], "[sample]: steps must be at least 4 for pndm"),
         (["method=ncsn", "train.weighting=likelihood"], "train.weighting must be one of simple for method ncsn"),
-        (["train.weighting=likelihood"], "train.weighting must be one of simple, min_snr for method ddpm"),
+        (["train.weighting=likelihood"], "train.weighting must be one of simple, min_snr, p2 for method ddpm"),
         (["method=vpsde", "train.weighting=min_snr"], "one of simple, likelihood for method vpsde"),
         (["method=vpsde", "sample.sampler=langevin"], "for method vpsde, not 'langevin'"),
         (["sample.snr=0.2"], "sample.snr goes with the sampler pc, not with ddim"),

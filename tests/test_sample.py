@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from alphabar import kernels
-from alphabar.core import data
+from alphabar.core import analytic, data
 from alphabar.nets import checkpoint
-from alphabar.tools import sample, train
+from alphabar.tools import gamma, sample, train, train_classifier, trained
 
 SETTINGS = ["model.channels=8", "model.blocks=1", "model.attention=4", "model.groups=4", "train.batch=8", "train.warmup=1"]
 SETTINGS += ["train.lr=1e-2", "log.samples=0", "log.checkpoints=2", "sample.steps=4", "sample.columns=2"]
@@ -93,7 +93,17 @@ def test_a_class_is_known_by_its_name_before_its_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--sampler", "ddpm"), ("--eta", 1), ("--sampler", "dpm++"), ("--sampler", "ab"), ("--sampler", "heun")]
+    "words",
+    [
+        ("--sampler", "ddpm"),
+        ("--eta", 1),
+        ("--sampler", "dpm++"),
+        ("--sampler", "ab"),
+        ("--sampler", "heun"),
+        ("--sampler", "dpm++sde", "--spacing", "karras"),
+        ("--sampler", "unipc", "--order", 3, "--threshold", 0.9),
+        ("--guidance", 3, "--rescale", 0.7, "--interval", 0.1, 50),
+    ],
 )
 def test_image_k_follows_from_seed_and_k(run: Path, words: tuple[object, ...]) -> None:
     """Not from the batch size, and not from how many are drawn: the noise is the same bits, the products of matrices nearly."""
@@ -122,6 +132,138 @@ def test_guidance_class_and_weights_matter(run: Path) -> None:
     assert one("--guidance", -1) == draw(run, "--n", 4, "--class", "none", "--seed", 3)[0].tobytes(), (
         "w = -1 is the model without a class"
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- by a classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(run: Path) -> Path:
+    """Trained a little on what the run was trained on."""
+    with kernels.use("reference"):
+        assert train_classifier.main([str(run), "--steps", "4", "--batch", "8", "--lr", "0.1", "--device", "cpu", "--quiet"]) == 0
+    return run / "classifier.h5"
+
+
+def test_a_classifier_guides_a_network_with_classes_and_one_without(run: Path, classifier: Path, tmp_path: Path) -> None:
+    asked = ("--n", 4, "--class", "1,blue", "--sampler", "ddpm", "--classifier", classifier)
+    plain, labels = draw(run, *asked[:-2], "--guidance", 0)
+    none, same = draw(run, *asked, "--classifier-weight", 0)  # and no classifier-free guidance unless it is asked for
+    assert labels == same == [1, 2, 1, 2]
+    np.testing.assert_array_equal(plain, none)
+    score, mean = (draw(run, *asked, "--classifier-weight", 9, "--classifier-form", form)[0] for form in ("score", "mean"))
+    both, _ = draw(run, *asked, "--classifier-weight", 9, "--guidance", 2)
+    assert len({a.tobytes() for a in (plain, score, mean, both)}) == 4
+    with h5py.File("x.h5") as f:
+        stated = dict(f.attrs)
+    assert (stated["classifier"], stated["classifier_weight"], stated["classifier_form"]) == ("classifier.h5", 9, "score")
+    assert stated["guidance"] == 2
+    split, _ = draw(run, *asked, "--classifier-weight", 9, "--batch", 3)  # labels in step with the images
+    assert np.abs(split.astype(int) - score).max() <= 1
+
+    words = ["--data", run.parent / "tiny.h5", "--steps", 2, "--out", tmp_path, "--name", "u", "--quiet", "--device", "cpu"]
+    sets = [*SETTINGS, "model.conditional=false"]
+    assert train.main([*map(str, words), *(w for s in sets for w in ("--set", s))]) == 0
+    left, labels = draw(tmp_path / "u", *asked, "--classifier-weight", 30)
+    assert labels == [1, 2, 1, 2]
+    other, _ = draw(tmp_path / "u", "--n", 4, "--class", "0", *asked[4:], "--classifier-weight", 30)
+    assert not np.array_equal(left, other)
+    sheet = [str(w) for w in (tmp_path / "u", *asked, "--out", "a.png", "--quiet", "--device", "cpu")]
+    assert sample.main(sheet) == 0 and Path("a.png").exists()
+
+
+def test_a_classifier_that_does_not_fit(run: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--classifier", classifier)
+    assert "not --class none" in fails(capsys, run, *where, "--class", "none")
+    assert "of kind 'alphabar-training'" in fails(capsys, run, "--classifier", checkpoint.step_path(run / "ckpt", 6))
+    assert "--classifier-weight goes with --classifier" in fails(capsys, run, "--classifier-weight", 3)
+    assert "must have noise" in fails(capsys, run, *where, "--classifier-form", "mean")
+    assert "clips x0" in fails(capsys, run, *where, "--classifier-form", "mean", "--sampler", "flow")
+    wrong = ("--classifier-form", "mean", "--sampler", "ddpm", "--interval", 1, 2)
+    assert "an interval goes with guidance of the form score" in fails(capsys, run, *where, *wrong)
+    arrays, meta = checkpoint.load(classifier)
+    path = tmp_path / "c.h5"
+    meta["config"]["diffusion"]["T"] = 500
+    checkpoint.save(path, arrays, meta)
+    assert "it knows other noise levels than this network" in fails(capsys, run, "--classifier", path)
+    meta["config"]["diffusion"]["T"], meta["data"]["classes"] = 1000, ["a", "b", "c"]
+    checkpoint.save(path, arrays, meta)
+    assert "it knows other classes than this network" in fails(capsys, run, "--classifier", path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the best variance
+
+
+def test_gamma_is_measured_once_and_kept_in_the_checkpoint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gamma, "TIMES", 20)
+    measured: list[tuple[Any, ...]] = []
+    measure = analytic.measure_gamma
+    monkeypatch.setattr(analytic, "measure_gamma", lambda *a, **k: measured.append(a) or measure(*a, **k))
+    shutil.copytree(run, tmp_path / "copy")
+    path = checkpoint.step_path(tmp_path / "copy" / "ckpt", 6)
+    before, stamp = checkpoint.load(path), path.stat().st_mtime_ns
+    asked = ("--n", 4, "--sampler", "ddpm", "--steps", 4, "--analytic")
+    first, _ = draw(tmp_path / "copy", *asked)
+    with h5py.File("x.h5") as f:
+        assert f.attrs["variance"] == "best, by Gamma of 30 images at 21 times"
+    again, _ = draw(path, *asked)
+    np.testing.assert_array_equal(first, again)
+    assert len(measured) == 1 and not np.array_equal(first, draw(run, *asked[:-1])[0])
+    kept, meta = checkpoint.load(path)
+    assert path.stat().st_mtime_ns == stamp and meta == before[1]
+    added = {name: a for name, a in kept.items() if name not in before[0]}
+    assert {name.partition("/")[0] for name in added} == {"gamma"} and len(added) == 7
+    assert all(np.array_equal(kept[name], a) for name, a in before[0].items())
+    found = analytic.Gamma.from_arrays({name.partition("/")[2]: a for name, a in added.items()})
+    assert (found.samples, found.dimensions, found.t[0], found.t[-1]) == (30, 72, 1, 1000)
+
+    # others are measured apart, each of the network that draws, told the class of each image or none
+    images, labels, _ = data.load(run.parent / "tiny.h5", "train").batch(0, 30)
+    x0, t = data.to_unit(images), np.full(30, 500)
+    for words in (("--class", "none"), ("--raw-weights",), ("--class", "none", "--raw-weights"), ("--spacing", "optimal")):
+        draw(path, *asked, *words)
+    assert len(measured) == 4
+    for (model, shown, *_), raw, y in zip(measured, (0, 0, 1, 1), (labels, None, labels, None), strict=True):
+        np.testing.assert_array_equal(shown, x0)
+        np.testing.assert_array_equal(model(x0, t), trained.load(path, bool(raw), np).net.predict(x0, t, y))
+    assert len({model(x0, t).tobytes() for model, *_ in measured}) == 4
+    groups = {name.partition("/")[0] for name in checkpoint.load(path)[0]}
+    assert {"gamma", "gamma_none", "gamma_raw", "gamma_none_raw"} <= groups
+
+    # and a run goes on from such a checkpoint as from any
+    shutil.copytree(run, tmp_path / "plain")
+    ends = []
+    for name in ("copy", "plain"):
+        assert train.main(["--resume", str(tmp_path / name), "--steps", "7", "--device", "cpu", "--quiet"]) == 0
+        ends.append(checkpoint.step_path(tmp_path / name / "ckpt", 7).read_bytes())
+    assert ends[0] == ends[1]
+
+    spoilt = {**checkpoint.load(path)[0], "gamma/t": np.zeros(21)}
+    checkpoint.save(path, spoilt, meta)
+    assert "its gamma cannot be used" in fails(capsys, path, *asked)
+    meta["data"]["sha256"] = "other"
+    checkpoint.save(path, before[0], meta)
+    assert "other data" in fails(capsys, path, *asked)
+
+
+def test_gamma_that_cannot_be_kept_is_used_all_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gamma, "TIMES", 4)
+    shutil.copytree(run, tmp_path / "copy")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    draw(tmp_path / "copy", "--n", 2, "--eta", 1, "--analytic")
+    assert "warning" in capsys.readouterr().err
+    assert "gamma/t" not in checkpoint.load(checkpoint.step_path(tmp_path / "copy" / "ckpt", 6))[0]
+
+
+# -------------------------------------------------------------------------------------------------------------------- pictures
 
 
 def test_sheet_has_a_row_for_each_class(run: Path) -> None:
@@ -193,6 +335,16 @@ def test_weights_that_are_not_finite(run: Path, tmp_path: Path, capsys: pytest.C
         (("RUN", "--eta", "2"), "--eta"),
         (("RUN", "--eta", "nan"), "--eta"),
         (("RUN", "--sampler", "euler", "--eta", "1"), "eta goes with the sampler ddim"),
+        (("RUN", "--order", "3"), "sample.order goes with the samplers dpm, dpm++"),
+        (("RUN", "--sampler", "unipc", "--order", "4"), "order must be 1, 2 or 3, not 4"),
+        (("RUN", "--sampler", "pc", "--threshold", "0.9"), "threshold does not go with the sampler pc"),
+        (("RUN", "--sampler", "learned"), "needs a network that has learned its variance"),
+        (("RUN", "--interval", "3", "1"), "interval_high must be 0 or at least interval_low"),
+        (("RUN", "--interval", "3"), "--interval"),
+        (("RUN", "--rescale", "2"), "--rescale"),
+        (("RUN", "--spacing", "optimal"), "--spacing optimal goes with --analytic"),
+        (("RUN", "--sampler", "heun", "--analytic"), "--analytic goes with the samplers ddpm, ddim, euler, euler-a, not heun"),
+        (("RUN", "--classifier", "/no/such"), "No such file"),
         (("RUN", "--guidance", "inf"), "--guidance"),
         (("RUN", "--class", "none", "--guidance", "1"), "--guidance needs classes"),
         (("RUN", "--class", "3"), "numbers in 0..2"),

@@ -471,6 +471,7 @@ def test_as_a_script_it_is_the_same_program(tmp_path: Path) -> None:
     ("own", "sampler"),
     [
         (["train.weighting=min_snr"], "dpm++"),
+        (["train.loss=hybrid", "train.importance=true", "train.weighting=p2"], "learned"),
         (["method=ncsn", "diffusion.sigma_max=9", "diffusion.levels=6"], "langevin"),
         (["method=subvpsde", "train.weighting=likelihood"], "pc"),
         (["method=vesde", "diffusion.sigma_max=9", "train.weighting=likelihood", "train.importance=false"], "flow"),

@@ -1,7 +1,6 @@
 """`alphabar check`: the grid, the coefficients and the faults of a sampler, ours or one of diffusers."""
 
 import argparse
-import dataclasses
 import inspect
 import json
 import warnings
@@ -271,7 +270,7 @@ def _run(config: Config, file: str, o: argparse.Namespace, name: str | None) -> 
     name = name or configs.sampler(config)
     if name in NO_TABLE:
         raise UserError(f"{file}: {NO_TABLE[name]}; name another sampler: alphabar check ddim --config FILE")
-    settings = {**dataclasses.asdict(config.sample), "prediction": process.prediction}
+    settings = {**configs.to_dict(config)["sample"], "prediction": process.prediction}
     if name != configs.sampler(config):
         settings = {"prediction": process.prediction}
     if not settings.get("epsilon"):

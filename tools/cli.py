@@ -8,6 +8,7 @@ import alphabar
 
 COMMANDS = {
     "train": ("alphabar.tools.train", "train a model; with no argument, on handwritten digits"),
+    "train-classifier": ("alphabar.tools.train_classifier", "train a classifier of a run's noised images, to guide samples by"),
     "sample": ("alphabar.tools.sample", "draw images from a checkpoint"),
     "edit": ("alphabar.tools.edit", "encode, interpolate, vary, inpaint and restore images with a checkpoint"),
     "evaluate": ("alphabar.tools.evaluate", "tell the likelihood of images under a checkpoint, in bits per dimension"),
@@ -16,6 +17,7 @@ COMMANDS = {
     "check": ("alphabar.tools.check", "show the grid, the coefficients and the faults of a sampler, or of a diffusers file"),
     "equations": ("alphabar.tools.equations", "the documents' equations, with their functions and tests"),
     "demo": ("alphabar.tools.demo", "compute and draw what the documents claim, one picture each"),
+    "reproduce": ("alphabar.tools.reproduce", "compute the documents' tables and figures beside the published ones: one report"),
     "gpu-check": ("alphabar.tools.gpu_check", "try everything on this machine's GPU"),
 }
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first in ("--help", "-h", "help"):
         print("usage: alphabar COMMAND …   (alphabar COMMAND --help shows its options; alphabar --version)\n")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<13} {what}")
+            print(f"  {name:<16} {what}")
         return 0 if arguments else 2
     if first not in COMMANDS:
         import difflib

@@ -17,6 +17,8 @@ class ConfigError(ValueError):
 SDES = ("vpsde", "vesde", "subvpsde")
 STEPS = {  # the number of steps of each sampler unless one is given; 0 where there is none to give
     **dict.fromkeys(("ddim", "ddpm", "euler", "heun", "dpm++", "ab"), 50),
+    **dict.fromkeys(("euler-a", "kdpm2", "dpm", "dpm++sde", "deis", "lms", "pndm", "plms", "unipc"), 50),
+    "learned": 50,
     "rk4": 12,
     "em": 250,
     "rd": 250,
@@ -24,13 +26,15 @@ STEPS = {  # the number of steps of each sampler unless one is given; 0 where th
     "flow": 0,  # adaptive
     "langevin": 5,  # at each noise level
 }
-GENERAL = tuple(name for name in STEPS if name != "langevin")  # they run on the levels of any process
+GENERAL = tuple(name for name in STEPS if name not in ("langevin", "learned"))  # they run on the levels of any process
 SAMPLERS = {  # of each method; the first one is its own
-    "ddpm": GENERAL,
+    "ddpm": (*GENERAL, "learned"),  # with train.loss=hybrid the last one
     "ncsn": ("langevin", *GENERAL),
     **dict.fromkeys(SDES, ("pc", *(name for name in GENERAL if name != "pc"))),
 }
 METHODS = tuple(SAMPLERS)
+ORDERS = ("dpm", "dpm++", "dpm++sde", "ab", "deis", "unipc")  # samplers of a chosen order
+CHURNED = ("euler", "heun", "kdpm2")
 
 
 def _setting(
@@ -77,13 +81,18 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Train:
+    """``importance`` draws the times by their share of the loss: for the SDEs (unless "false") with likelihood weighting, so that
+    all weights are equal; for ddpm (only if "true") by the last losses at each time.
+    """
+
     steps: int = _setting(1500, 1, 10**9)
     batch: int = _setting(128, 1, 1 << 20)
     lr: float = _setting(2e-3, 0.0, 10.0)
     warmup: int = _setting(100, 0, 10**9)  # steps; never more than a fifth of all
     decay: str = _setting("cosine", choices=("cosine", "linear", "constant"))
-    weighting: str = _setting("simple", choices=("simple", "min_snr", "likelihood"))
-    importance: bool = _setting(True, only=SDES)  # with likelihood weighting: draw the times so that all weights are equal
+    loss: str = _setting("simple", choices=("simple", "hybrid"), only=("ddpm",))  # hybrid: the variance is learned too
+    weighting: str = _setting("simple", choices=("simple", "min_snr", "p2", "likelihood"))
+    importance: str = _setting("auto", choices=("auto", "true", "false"), only=("ddpm", *SDES))
     weight_decay: float = _setting(0.0, 0.0, 10.0)
     clip: float = _setting(1.0, 0.0)  # global norm of the gradient; 0 = no clipping
     ema: float = _setting(0.999, 0.0, 0.999999)
@@ -108,7 +117,13 @@ class Sample:
     snr: float = _setting(0.16, 1e-4, 10.0, only=("pc",))  # signal-to-noise ratio of a corrector step
     corrections: int = _setting(1, 0, 100, only=("pc",))  # corrector steps after each predictor step
     tolerance: float = _setting(1e-4, 1e-12, 1.0, only=("flow",))
+    order: int = _setting(2, 1, 4, only=ORDERS)
+    churn: float = _setting(0.0, 0.0, 1e6, only=CHURNED)  # S_churn: noise added ahead of each step
+    threshold: float = _setting(0.0, 0.0, 1.0)  # dynamic thresholding of x0 at this quantile; 0: x0 is clipped to [-1, 1]
     guidance: float = _setting(0.5, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
+    rescale: float = _setting(0.0, 0.0, 1.0)  # φ of the guided answer rescaled to the deviation of eps_c
+    interval_low: float = _setting(0.0, 0.0, 1e9)  # guide only where the noise level n/a is between these
+    interval_high: float = _setting(0.0, 0.0, 1e9)  # 0: no limit
     columns: int = _setting(8, 1, 1000)
 
 
@@ -132,14 +147,16 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def belongs(config: Config, key: str) -> bool:
-    """Whether a setting means something for the method and the sampler of ``config``."""
+    """Whether a setting means something for the method or, one of [sample], for the sampler of ``config``."""
     only = RANGES[key]["only"]
-    return not only or config.method in only or sampler(config) in only
+    return not only or (sampler(config) if key.startswith("sample.") else config.method) in only
 
 
 def sampler(config: Config) -> str:
-    """The name of the sampler of ``config``: that of its method where it says "auto"."""
-    return SAMPLERS[config.method][0] if config.sample.sampler == "auto" else config.sample.sampler
+    """The name of the sampler of ``config``: that of its method and loss where it says "auto"."""
+    if config.sample.sampler != "auto":
+        return config.sample.sampler
+    return "learned" if config.train.loss == "hybrid" else SAMPLERS[config.method][0]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -273,6 +290,8 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
             raise wrong
         value = float(value)
+    elif isinstance(value, bool) and "true" in rule["choices"]:
+        value = str(value).lower()
     elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise wrong
     if rule["choices"] and value not in rule["choices"]:
@@ -308,6 +327,8 @@ def check(config: Config, given: Iterable[str] = ()) -> Config:
     names, key = SAMPLERS[config.method], sampler(config)
     if key not in names:
         raise ConfigError(f"sample.sampler must be one of {', '.join(names)} for method {config.method}, not {key!r}")
+    if key == "learned" and config.train.loss != "hybrid":
+        raise ConfigError("the sampler learned needs a network that has learned its variance (train.loss=hybrid)")
     default, given = Config(), set(given)
     for key in (k for k in RANGES if k not in TOP):
         section, _, name = key.partition(".")

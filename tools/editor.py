@@ -65,7 +65,7 @@ class Batch:
     def vjp(self, x: Array, t: Array, u: Callable[[Array], Array]) -> tuple[Array, Array]:
         """(m, uᵀ∂m/∂x) of the model, u a function of m: one prediction, and one backward pass for each branch of the guidance."""
         m = self.model(x, t)
-        direction, scaled = u(m), self.process.input(x, t)
+        direction, scaled = self.process.of_answer(u(m)), self.process.input(x, t)
 
         def back(labels: Array, share: float) -> Array:
             _, gradient = products.vjp(lambda z: self.net(z, t, labels), scaled, direction * direction.dtype.type(share))
@@ -84,7 +84,7 @@ class Batch:
     def x_T(self) -> Array:
         """The prior, image by image."""
         size, params = self.net.config["image_size"], self.net.params
-        shape = (len(self.images), *size, self.net.config["out_channels"])
+        shape = (len(self.images), *size, self.net.config["in_channels"])
         return samplers.prior(shape, self.seed, self.first, xp=params.xp, std=self.process.levels.prior_std)
 
 

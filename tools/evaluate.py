@@ -199,7 +199,8 @@ class _Work:
 
     def _product(self, y: Array, x: Array, t: Array, v: Array) -> Array:
         """J·v of the network as the process sees it: its input is linear in x."""
-        return products.jvp(lambda at: self.net(at, t, y), self.process.input(x, t), self.process.input(v, t))[1]
+        answer = products.jvp(lambda at: self.net(at, t, y), self.process.input(x, t), self.process.input(v, t))[1]
+        return answer[..., : x.shape[-1]]  # not that of a learned variance
 
 
 def _count(bar: Progress, images: int, done: int, calls: int) -> None:

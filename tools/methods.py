@@ -18,19 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core import forward, langevin, losses, schedules
+from alphabar.core import forward, langevin, losses, schedules, variance
 from alphabar.core.data import Dataset, to_unit
 from alphabar.core.exchange import lift
 from alphabar.core.levels import Ladder, Levels, Schedule, Tabulated
 from alphabar.core.sde import SDE, VESDE, VPSDE, SubVPSDE
 from alphabar.kernels import counter, streams
-from alphabar.kernels.arrays import array_module, to_numpy
+from alphabar.kernels.arrays import array_module, native, restore, to_numpy
 from alphabar.tools import config as configs
 from alphabar.tools.config import Config, ConfigError, Diffusion
 
 Array = Any
 Predict = Callable[..., Array]
 T = 1000.0  # the time that networks of the SDEs are told at the end
+BELOW_T = ("dpm", "dpm++", "dpm++sde", "deis", "unipc")  # samplers that take fewer steps than there are levels
 PAIRED = 1000  # images among which the largest distance is sought
 
 
@@ -42,6 +43,8 @@ class Example:
     times: np.ndarray
     target: Array
     weight: Any
+    x0: Array
+    share: Any = None  # 1/(T·p_t) where the times are not drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ class Process:
         except ValueError as e:
             raise ConfigError(f"[diffusion]: {e}") from e
         self.prediction = config.diffusion.prediction
-        self.weighting, self.importance = config.train.weighting, config.train.importance
+        self.weighting, self.importance = config.train.weighting, config.train.importance != "false"
+        self.learned = config.train.loss == "hybrid"  # the network answers with the prediction and v, of the variance
+        self.history: variance.ImportanceTimes | None = None
+        if self.name == "ddpm" and config.train.importance == "true":
+            self.history = variance.ImportanceTimes(int(self.levels.T))
         if self.weighting not in method.weightings:
             allowed = ", ".join(method.weightings)
             raise ConfigError(f"train.weighting must be one of {allowed} for method {self.name}, not {self.weighting!r}")
@@ -70,18 +77,25 @@ class Process:
     def example(self, x0: Array, seed: int, step: int) -> Example:
         """Noised images for training step ``step``: x_t = a·x0 + n·ε, ε and t drawn from (seed, step) alone. Eq: S1-A1, S4-A1.
 
-        ncsn: Eq: S0-E9, S0-E15; the SDEs: Eq: S4-E68.
+        ncsn: Eq: S0-E9, S0-E15; the SDEs: Eq: S4-E68. With importance for ddpm t depends on the losses so far too.
         """
-        times, weight = self.times(len(x0), seed, step)
+        share = None
+        if self.history is None:
+            times, weight = self.times(len(x0), seed, step)
+        else:
+            times, share = self.history.times(len(x0), seed, step)
+            weight = self.weight(times)
         x_t, eps = forward.q_sample(x0, times, self.levels, seed=seed, step=step)
         target = forward.training_target(x0, eps, times, self.levels, self.prediction)
-        return Example(x_t, times, target, weight if weight is None else array_module(x0).asarray(weight))
+        on_device = array_module(x0).asarray
+        weight, share = (None if w is None else on_device(w) for w in (weight, share))
+        return Example(x_t, times, target, weight, x0, share)
 
     def times(self, n: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(t, weight) of n images: the weight on mean(F − target)², None for 1 everywhere.
 
         simple      the score's error times λ = n², so that ‖F − ε‖² counts alike at all levels. Eq: S0-C8, S0-E44, S4-E68
-        min_snr     :func:`alphabar.core.losses.min_snr_weight`
+        min_snr     :func:`alphabar.core.losses.min_snr_weight`; p2: :func:`alphabar.core.variance.p2_weight`
         likelihood  ½∫g²·(the score's error)² dt of the bound on the likelihood, in nats per dimension.
                     In terms of ε the weight is ½·g²/n² = d ln σ̄/dt, σ̄ = n/a. With ``importance`` t is drawn so that ln σ̄ is
                     uniform, and the weight is ln σ̄(T) − ln σ̄(t_min) for every image (Song et al. 2021, maximum likelihood
@@ -90,10 +104,7 @@ class Process:
         s = self.levels
         if self.weighting != "likelihood":
             times = forward.random_times(n, s, seed, step)
-            if self.weighting == "simple":
-                return times, None
-            assert isinstance(s, Tabulated)
-            return times, losses.min_snr_weight(times, s, prediction=self.prediction)
+            return times, self.weight(times)
         assert isinstance(s, SDE)
         if not self.importance:
             times = forward.random_times(n, s, seed, step)
@@ -103,9 +114,32 @@ class Process:
         times = np.clip(s.time(np.exp(low + (high - low) * part)), s.t_min, s.T)
         return times, np.full(n, high - low)
 
+    def weight(self, times: np.ndarray) -> np.ndarray | None:
+        """The weight of a weighting that depends on the level alone: None, min-SNR or P2."""
+        if self.weighting == "simple":
+            return None
+        s = self.levels
+        assert isinstance(s, Tabulated)
+        if self.weighting == "p2":
+            return variance.p2_weight(times, s, prediction=self.prediction)
+        return losses.min_snr_weight(times, s, prediction=self.prediction)
+
     def loss(self, output: Array, example: Example) -> tuple[Array, Array]:
-        """(value of every image, gradient of their mean): w·‖F − target‖² per element. Eq: S1-E22, S0-E14, S4-E68."""
-        return losses.weighted_loss(output, example.target, example.weight)
+        """(value of every image, gradient of their mean): w·‖F − target‖² per element. Eq: S1-E22, S0-E14, S4-E68.
+
+        With a learned variance that of :func:`alphabar.core.variance.hybrid_loss`, the decoder's 8-bit cells at t = 1.
+        """
+        e, s = example, self.levels
+        if self.learned:
+            assert isinstance(s, Tabulated)
+            return variance.hybrid_loss(output, e.target, e.times, s, self.prediction, e.x0, e.share, e.weight)
+        weight = e.weight if e.share is None else e.share if e.weight is None else e.share * e.weight
+        return losses.weighted_loss(output, e.target, weight)
+
+    def learn(self, example: Example, value: Array) -> None:
+        """Take the losses of a step into the history that importance draws the times by."""
+        if self.history is not None:
+            self.history.update(example.times, to_numpy(value) / to_numpy(example.share))
 
     def input(self, x: Array, t: Any) -> Array:
         """What the network reads in the place of x: x/√(a² + n²)."""
@@ -113,9 +147,23 @@ class Process:
             return x
         return x * lift(1 / np.hypot(*self.levels.levels(to_numpy(t))), x)
 
-    def predict(self, predict: Predict) -> Predict:
-        """A network's ``predict(x, t, y)`` for states x of the process."""
-        return lambda x, t, y=None: predict(self.input(x, t), t, y)
+    def predict(self, predict: Predict, whole: bool = False) -> Predict:
+        """A network's ``predict(x, t, y)`` for states x of the process; of (prediction, v) the prediction unless ``whole``."""
+
+        def of(x: Array, t: Any, y: Any = None) -> Array:
+            answer = predict(self.input(x, t), t, y)
+            if not self.learned or whole:
+                return answer
+            answer = native(answer)
+            return restore(array_module(answer).ascontiguousarray(variance.split(answer)[0]), x)
+
+        return of
+
+    def of_answer(self, direction: Array) -> Array:
+        """A direction in the space of the prediction as one in that of the network's whole answer."""
+        if not self.learned:
+            return direction
+        return array_module(direction).concatenate([direction, 0 * direction], axis=-1)
 
 
 def _schedule(d: Diffusion) -> Schedule:
@@ -134,7 +182,7 @@ def _ladder(d: Diffusion) -> Ladder:
 
 _SDE_WEIGHTINGS = ("simple", "likelihood")
 METHODS = {
-    "ddpm": Method(_schedule, ("simple", "min_snr")),
+    "ddpm": Method(_schedule, ("simple", "min_snr", "p2")),
     "ncsn": Method(_ladder, ("simple",)),
     "vpsde": Method(lambda d: VPSDE(d.beta_min, d.beta_max, T), _SDE_WEIGHTINGS),
     "vesde": Method(lambda d: VESDE(d.sigma_min, d.sigma_max, T), _SDE_WEIGHTINGS),
@@ -169,4 +217,4 @@ def own_steps(s: Levels, sampler: str) -> int:
     """The number of steps of a sampler where none is given: at most as many as a table of levels has."""
     if not isinstance(s, Tabulated) or sampler == "langevin":
         return configs.STEPS[sampler]
-    return min(configs.STEPS[sampler], max(1, s.T - (sampler == "dpm++")))
+    return min(configs.STEPS[sampler], max(1, s.T - (sampler in BELOW_T)))

@@ -7,18 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from alphabar.core.levels import Levels
 from alphabar.tools import config as configs
-from alphabar.tools import dataset_file, pictures, sampling, trained
+from alphabar.tools import dataset_file, gamma, pictures, sampling, train_classifier, trained
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
 from alphabar.tools.config import Config, Sample
 from alphabar.tools.methods import Process
 from alphabar.tools.progress import Progress
+from alphabar.tools.trained import Trained
 
 EXAMPLES = """examples:
   alphabar sample runs/digits-001                                    64 images, every class in turn
   alphabar sample runs/digits-001 --class 3 --n 16 --out threes.png
   alphabar sample runs/digits-001/ckpt/step_00001500.h5 --n 1000 --steps 50 --class all --out digits.h5
   alphabar sample runs/digits-001 --sampler dpm++ --steps 12 --guidance 0.5
+  alphabar sample runs/digits-001 --sampler unipc --order 3 --steps 10 --spacing logsnr
+  alphabar sample runs/digits-001 --sampler ddpm --steps 25 --analytic --spacing optimal
+  alphabar sample runs/digits-001 --guidance 4 --rescale 0.7 --interval 0.2 3
+  alphabar sample runs/digits-001 --classifier runs/digits-001/classifier.h5 --classifier-weight 2 --class 8
   alphabar sample runs/digits-002 --sampler pc --steps 200 --set sample.snr=0.2
 Image k follows from the seed, k and its class alone: --batch and --n change none of the others.
 """
@@ -31,16 +37,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     xp, where = device(options.device)
     outputs = _outputs(options.out)
-    path, net, config, classes, step = trained.load(options.checkpoint, options.raw_weights, xp)
-    labels = _labels(options.classes, classes, options.n)
+    network = trained.load(options.checkpoint, options.raw_weights, xp)
+    path, net, config, classes, step = network
     chosen, process = _chosen(options, config), Process(config)
-    weight = chosen.sample.guidance
-    if labels is None:
-        if options.guidance:
-            raise UserError("--guidance needs classes to guide to" + ("" if classes else ", and this network has none"))
-        weight = 0.0
+    by = _by_classifier(options, network, process, xp)
+    known = classes or (by.classes if by else ())
+    labels = _labels(options.classes, known, options.n)
+    if options.guidance and (labels is None or not classes):
+        raise UserError("--guidance needs classes to guide to" + ("" if classes else ", and this network has none"))
+    if by and labels is None:
+        raise UserError("--classifier needs classes to guide to, not --class none")
+    weight = chosen.sample.guidance if classes and labels is not None else 0.0
+    measured = None
+    if options.analytic or options.spacing == "optimal":
+        if not options.analytic:
+            raise UserError("--spacing optimal goes with --analytic")
+        if configs.sampler(chosen) not in sampling.ANALYTIC:  # before the long measurement
+            raise UserError(f"--analytic goes with the samplers {', '.join(sampling.ANALYTIC)}, not {configs.sampler(chosen)}")
+        measured = gamma.of(network, labels is not None and bool(classes), options.raw_weights, options.quiet)
+    classes = known
+    how = sampling.guide(chosen.sample, weight)
+    if by:
+        how = dataclasses.replace(
+            how, gradient=by.gradient, classifier_weight=options.classifier_weight, form=options.classifier_form
+        )
     try:
-        sampler = sampling.sampler(process, chosen.sample, options.spacing)
+        sampler = sampling.sampler(process, chosen.sample, options.spacing, measured)
+        sampling.guided(process, net, sampler, None if labels is None else xp.asarray(labels[:1]), how)
     except ValueError as e:
         raise UserError(str(e)) from e
     names = [classes[k] for k in dict.fromkeys(labels.tolist())] if labels is not None else []
@@ -49,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def blocks(bar: Progress) -> Iterator[np.ndarray]:
         at = 0
-        what = (process, net, sampler, labels, options.n, options.seed, weight, options.batch)
-        for block in sampling.draw(*what, bar.advance):
+        what = (process, net, sampler, labels, options.n, options.seed)
+        for block in sampling.draw(*what, batch=options.batch, progress=bar.advance, how=how):
             kept.update({k: block[k - at] for k in shown if at <= k < at + len(block)} if ".png" in outputs else {})
             at += len(block)
             yield block
@@ -65,8 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": options.seed,
         "clip": "none" if chosen.sample.sampler == "flow" else "x0 to [-1, 1], eps re-derived",
     }
+    if chosen.sample.threshold:
+        attributes["clip"] = f"x0 at the quantile {chosen.sample.threshold:g} of each image, eps re-derived"
+    if options.spacing:
+        attributes["spacing"] = options.spacing
+    if measured is not None:
+        attributes["variance"] = f"best, by Gamma of {measured.samples} images at {measured.t.size} times"
+    if by:
+        attributes["classifier"] = options.classifier.name
+        attributes |= {f"classifier_{k}": getattr(options, f"classifier_{k}") for k in ("weight", "form")}
     columns = {} if labels is None else {"labels": labels.astype(np.uint8 if len(classes) <= 256 else np.int32)}
-    shape = (options.n, *net.config["image_size"], net.config["out_channels"])
+    shape = (options.n, *net.config["image_size"], net.config["in_channels"])
     try:
         with Progress("sampling", options.n * sampler.rows, 0, options.quiet, "image step") as bar:
             if ".h5" in outputs:
@@ -75,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for _ in blocks(bar):
                     pass
         if ".png" in outputs:
-            title = f"{path.name}, {sampler.name}" + (f", w = {weight:g}" if names else "") + f", seed {options.seed}"
+            guides = [f", w = {weight:g}"] * bool(net.config["classes"] and names)
+            guides += [f", classifier × {options.classifier_weight:g}"] * bool(by)
+            title = f"{path.name}, {sampler.name}{''.join(guides)}, seed {options.seed}"
             tiles = np.stack([kept[k] for k in shown])
             width = len(shown) // min(len(names), ROWS) if names else min(COLUMNS, len(shown))
             pictures.write(pictures.sheet(tiles, width, names[:ROWS], title), outputs[".png"])
@@ -98,11 +132,35 @@ def _parser() -> Parser:
         "--steps", type=integer(1, 10**6), help="default: the run's, or the sampler's own; of langevin, those at each noise level"
     )
     parser.add_argument("--eta", type=real(0, 1), help="0 is deterministic DDIM, 1 is ancestral (ddim only)")
+    parser.add_argument("--order", type=integer(1, 4), help=f"of {', '.join(configs.ORDERS)} (default 2)")
     parser.add_argument(
-        "--spacing", choices=("leading", "linspace", "trailing", "quadratic"), help="of the times; default: the sampler's"
+        "--spacing",
+        choices=sampling.SPACINGS,
+        help="of the times, or of the noise levels: karras, logsnr; default: the sampler's; optimal goes with --analytic",
     )
     parser.add_argument(
-        "--guidance", type=real(-1, 1000), metavar="W", help="w in (1 + w)·eps_c - w·eps_u: 0 is none; default: the run's"
+        "--analytic",
+        action="store_true",
+        help=f"the best variance for this network (Analytic-DPM), of {', '.join(sampling.ANALYTIC)}; what it needs is measured"
+        f" once, on {gamma.IMAGES} images of the run, and kept in the checkpoint",
+    )
+    parser.add_argument(
+        "--threshold", type=real(0, 1), metavar="P", help="dynamic thresholding of x0 at this quantile, such as 0.995"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=real(-1, 1000),
+        metavar="W",
+        help="w in (1 + w)·eps_c - w·eps_u: 0 is none; default: the run's, with --classifier 0",
+    )
+    parser.add_argument("--rescale", type=real(0, 1), metavar="PHI", help="of the guided answer, against over-exposure")
+    parser.add_argument(
+        "--interval", type=real(0, 1e9), nargs=2, metavar=("LOW", "HIGH"), help="guide only where the noise level n/a is in it"
+    )
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="guide by a classifier of alphabar train-classifier")
+    parser.add_argument("--classifier-weight", type=real(0, 1000), default=1.0, metavar="W", help="of its gradient (default 1)")
+    parser.add_argument(
+        "--classifier-form", choices=sampling.FORMS, default="score", help="score (default): any sampler; mean: one with noise"
     )
     parser.add_argument(
         "--class", dest="classes", default="all", help="all (in turn), none, or names or numbers such as 3 or 1,4"
@@ -146,14 +204,42 @@ def _chosen(options: Any, config: Config) -> Config:
     for word in words:
         if not word.startswith("sample."):
             raise UserError(f"--set takes settings of [sample] here, such as sample.snr=0.2, not {word!r}")
-    given = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "order", "threshold", "guidance", "rescale")}
+    if options.interval is not None:
+        given["interval_low"], given["interval_high"] = options.interval
+    if options.classifier is not None and options.guidance is None:
+        given["guidance"] = 0.0
     words += [f"sample.{name}={value}" for name, value in given.items() if value is not None]
     old, new = configs.sampler(config), configs.sampler(configs.from_words(words, config))
     if new != old:
         s = config.sample
         steps = s.steps if configs.STEPS[new] == configs.STEPS[old] else 0
-        config = dataclasses.replace(config, sample=Sample(sampler=new, steps=steps, guidance=s.guidance))
+        kept = {name: getattr(s, name) for name in ("guidance", "rescale", "interval_low", "interval_high")}
+        config = dataclasses.replace(config, sample=Sample(sampler=new, steps=steps, **kept))
     return configs.load(None, words, config)
+
+
+def _by_classifier(options: Any, network: Trained, process: Process, xp: Any) -> train_classifier.Noisy | None:
+    """The classifier asked for; UserError where it was trained on other states or classes."""
+    if options.classifier is None:
+        for name, usual in (("weight", 1.0), ("form", "score")):
+            if getattr(options, f"classifier_{name}") != usual:
+                raise UserError(f"--classifier-{name} goes with --classifier")
+        return None
+    by, net = train_classifier.load(options.classifier, xp), network.net
+    for what, mine, theirs in (
+        ("images", net.config["image_size"], by.net.config["image_size"]),
+        ("channels", net.config["in_channels"], by.net.config["in_channels"]),
+        ("classes", network.classes or by.classes, by.classes),
+        ("noise levels", _levels_of(process.levels), _levels_of(by.process.levels)),
+    ):
+        if mine != theirs:
+            raise UserError(f"--classifier {options.classifier}: it knows other {what} than this network")
+    return by
+
+
+def _levels_of(s: Levels) -> list[Any]:
+    return [type(s), s.T, *np.round(s.levels(np.linspace(s.t_min, s.T, 9)), 9).ravel()]
 
 
 def _labels(text: str, classes: tuple[str, ...], n: int) -> np.ndarray | None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core import guidance, langevin, ode, predictor_corrector, samplers, tables
+from alphabar.core import analytic, guidance, langevin, ode, predictor_corrector, samplers, tables, variance
 from alphabar.core.data import to_uint8
 from alphabar.core.levels import Ladder, Levels
 from alphabar.core.sde import VESDE
-from alphabar.kernels.arrays import to_numpy
+from alphabar.kernels.arrays import array_module, native, to_numpy
 from alphabar.nets.unet import UNet
-from alphabar.tools.config import SAMPLERS, Sample
+from alphabar.tools.config import CHURNED, ORDERS, SAMPLERS, Sample
 from alphabar.tools.methods import Process, own_steps
 
 Array = Any
@@ -24,63 +24,108 @@ TABLES: dict[str, Callable[..., tables.Table]] = {
     "ddim": tables.ddim,
     "ddpm": tables.ddpm,
     "euler": tables.euler,
+    "euler-a": tables.euler_ancestral,
     "heun": tables.heun,
+    "kdpm2": tables.kdpm2,
     "rk4": tables.rk4,
+    "dpm": partial(tables.dpm_solver, final="data"),
     "dpm++": tables.dpm_solver_pp,
+    "dpm++sde": tables.sde_dpm_solver_pp,
+    "unipc": tables.unipc,
     "ab": tables.adams_bashforth,
+    "deis": tables.deis,
+    "lms": tables.lms,
+    "pndm": tables.pndm,
+    "plms": tables.plms,
     "em": tables.euler_maruyama,
     "rd": tables.reverse_diffusion,
     "pc": tables.reverse_diffusion,  # its predictor
+    "learned": tables.ddpm,  # its means; the variance is the network's
 }
+LEADING = ("ddim", "ddpm", "pndm", "plms", "learned")  # their own spacing, that of their papers
+SPACINGS = ("leading", "linspace", "trailing", "quadratic", "karras", "logsnr", "optimal")
+ANALYTIC = ("ddpm", "ddim", "euler", "euler-a")  # they take the best variance for their network
+FORMS = ("score", "mean")
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler with its settings: run(model, x_T, seed=, first_sample=, progress=) -> x_0, ``rows`` steps of progress."""
+    """A sampler with its settings: run(model, x_T, seed=, first_sample=, progress=) -> x_0, ``rows`` steps of progress.
+
+    ``table``: the table that it runs, and nothing else. ``learned``: its model answers with the prediction and v.
+    """
 
     name: str
     rows: int
     run: Callable[..., Array]
+    table: tables.Table | None = None
+    learned: bool = False
 
 
-def sampler(process: Process, settings: Sample, spacing: str | None = None) -> Sampler:
+def sampler(process: Process, settings: Sample, spacing: str | None = None, gamma: analytic.Gamma | None = None) -> Sampler:
     """The sampler that ``settings`` ask for, on the levels of a process. ValueError for steps or spacing that it cannot take.
 
-    A step count of 0 is the sampler's own. All but "flow" clip the predicted x0 to the range of the data and re-derive ε
-    from it; the corrections of "pc" take the network's score as it is.
+    A step count of 0 is the sampler's own. All but "flow" clip the predicted x0 to the range of the data, or bound it by
+    ``settings.threshold``, and re-derive ε from it; the corrections of "pc" take the network's score as it is. With ``gamma`` the
+    steps have the best variance for the network that it was measured on, in the place of their own; ``spacing`` "optimal" needs
+    it too, and is the path of the least bound for ddpm, or for ddim with its eta.
     """
     s, name, prediction = process.levels, settings.sampler, process.prediction
     if name == "auto":
-        name = SAMPLERS[process.name][0]
+        name = "learned" if process.learned else SAMPLERS[process.name][0]
     steps = settings.steps or own_steps(s, name)
     if settings.eta and name != "ddim":
         raise ValueError(f"eta goes with the sampler ddim, not with {name}")
+    if 0 < settings.interval_high < settings.interval_low:
+        raise ValueError(f"interval_high must be 0 or at least interval_low ({settings.interval_low:g})")
     if name in ("langevin", "flow"):
         if spacing is not None:
             raise ValueError(f"spacing does not go with the sampler {name}")
         if name == "flow" and settings.steps:
             raise ValueError("steps do not go with the sampler flow, which chooses its own by its tolerance")
+    if name in ("flow", "pc", "learned") and settings.threshold:
+        raise ValueError(f"threshold does not go with the sampler {name}")
+    if gamma is not None and name not in ANALYTIC:
+        raise ValueError(f"the best variance goes with the samplers {', '.join(ANALYTIC)}, not with {name}")
     if spacing == "leading" and isinstance(s, (Ladder, VESDE)):
         raise ValueError(f"spacing leading does not go with {process.name}: samples must start at its largest noise level")
     if name == "flow":
         return Sampler(f"flow, tolerance {settings.tolerance:g}", 1, partial(_flow, s, prediction, settings.tolerance))
+    threshold = settings.threshold or None
     if name == "langevin":
         if not isinstance(s, Ladder):
             raise ValueError(f"the sampler langevin needs a ladder of noise levels (method ncsn), not {process.name}")
         epsilon = settings.epsilon or step_size(s, steps)
         rows = langevin.annealed_langevin(s, steps, epsilon, prediction=prediction)
-        return Sampler(f"langevin, {s.T} levels of {steps} steps", len(rows), partial(_table, rows))
+        return Sampler(f"langevin, {s.T} levels of {steps} steps", len(rows), partial(_table, rows, threshold))
     options: dict[str, Any] = {"eta": settings.eta} if name == "ddim" else {}
-    if spacing is None and name in ("ddim", "ddpm") and process.name != "ddpm":
+    if name in ORDERS:
+        options["order"] = settings.order
+    if name in CHURNED and settings.churn:
+        options["churn"] = settings.churn
+    if spacing is None and name in LEADING and process.name != "ddpm":
         spacing = "trailing"  # from T itself
-    if spacing is not None:
+    if spacing == "optimal":
+        if gamma is None:
+            raise ValueError("spacing optimal needs what was measured of the network for its best variance")
+        options["grid"] = analytic.optimal_path(s, gamma, steps, settings.eta or 1.0)[0]
+    elif spacing is not None:
         options["spacing"] = spacing
+    if name == "learned":
+        where = {"steps": steps, **options, "prediction": prediction}
+        return Sampler(f"learned variance, {steps} steps", steps, partial(_learned, s, where), learned=True)
     rows = TABLES[name](s, steps, prediction=prediction, **options)
     if name == "pc":
         run = partial(_corrected, rows, s, settings.snr, settings.corrections)
         return Sampler(f"pc {steps} steps", len(rows), run)
-    eta = f", eta = {settings.eta:g}" if settings.eta else ""
-    return Sampler(f"{name} {steps} steps{eta}", len(rows), partial(_table, rows))
+    words = [f"{name} {steps} steps", *(f"{k} = {options[k]:g}" for k in ("eta", "churn") if options.get(k))]
+    if options.get("order", 2) != 2:
+        words.append(f"order {settings.order}")
+    if gamma is not None:
+        rows = analytic.analytic_table(rows, gamma, CLIP)
+        words.append("best variance")
+    return Sampler(", ".join(words), len(rows), partial(_table, rows, threshold), None if threshold else rows)
 
 
 def step_size(ladder: Ladder, steps: int) -> float:
@@ -89,8 +134,12 @@ def step_size(ladder: Ladder, steps: int) -> float:
     return langevin.ncsnv2_settings(max_distance=high, dim=1, sigma_min=low, steps_per_level=steps, levels=ladder.T).epsilon
 
 
-def _table(rows: tables.Table, model: Model, x_T: Array, **options: Any) -> Array:
-    return samplers.sample(model, rows, x_T, clip=CLIP, **options)
+def _table(rows: tables.Table, threshold: float | None, model: Model, x_T: Array, clip: Interval = CLIP, **options: Any) -> Array:
+    return samplers.sample(model, rows, x_T, clip=None if threshold else clip, threshold=threshold, **options)
+
+
+def _learned(s: Levels, where: dict[str, Any], model: Model, x_T: Array, **options: Any) -> Array:
+    return variance.sample_learned(model, s, x_T, clip=CLIP, **where, **options)
 
 
 def _corrected(rows: tables.Table, s: Levels, snr: float, corrections: int, model: Model, x_T: Array, **options: Any) -> Array:
@@ -107,6 +156,75 @@ def _flow(s: Levels, prediction: str, tolerance: float, model: Model, x_T: Array
     return x
 
 
+@dataclass(frozen=True)
+class Guide:
+    """How samples are guided to their labels: classifier-free, by a classifier, or both.
+
+    weight: w of classifier-free guidance, rescaled by ``rescale``. gradient(labels): that of a classifier, with its weight and
+    form: "score" adds to the score, "mean" moves the mean of each step. interval: of the noise levels σ̄ that are guided.
+    """
+
+    weight: float = 0.0
+    rescale: float = 0.0
+    interval: Interval = None
+    gradient: Callable[[Array], Model] | None = None
+    classifier_weight: float = 1.0
+    form: str = "score"
+
+
+def guide(settings: Sample, weight: float | None = None, **by_classifier: Any) -> Guide:
+    """The guide that ``settings`` ask for, with another weight where one is given."""
+    low, high = settings.interval_low, settings.interval_high
+    interval = (low, high or np.inf) if low or high else None
+    return Guide(settings.guidance if weight is None else weight, settings.rescale, interval, **by_classifier)
+
+
+class _Split:
+    """A network's prediction for guidance, which is not of v; v is that of the last call."""
+
+    def __init__(self, predict: Callable[..., Array]) -> None:
+        self.predict = predict
+        self.v: Array = None
+
+    def __call__(self, x: Array, t: Array, y: Any = None) -> Array:
+        mean, self.v = variance.split(native(self.predict(x, t, y)))
+        return array_module(mean).ascontiguousarray(mean)
+
+    def joined(self, model: Model) -> Model:
+        """``model`` of the prediction, and v; that of the conditional half where there are two."""
+
+        def whole(x: Array, t: Array) -> Array:
+            mean = native(model(x, t))
+            return array_module(mean).concatenate([mean, self.v[: len(mean)]], axis=-1)
+
+        return whole
+
+
+def guided(process: Process, net: UNet, chosen: Sampler, y: Array | None, how: Guide) -> tuple[Model, dict[str, Any]]:
+    """(model(x, t) of samples with labels y, options of the sampler's run). ValueError for a form that it cannot take."""
+    s = process.levels
+    predict = process.predict(net.predict, whole=chosen.learned)
+    mean = _Split(predict) if chosen.learned else predict
+    model: Model = mean
+    if y is not None and net.config["classes"] is not None:
+        model = guidance.classifier_free(mean, y, how.weight, net.null, how.rescale, how.interval, s)
+    options: dict[str, Any] = {}
+    if how.gradient is not None:
+        gradient = how.gradient(y)
+        if how.form == "score":
+            model = guidance.classifier_guided(model, gradient, s, how.classifier_weight, process.prediction, how.interval)
+        elif how.interval is not None:
+            raise ValueError("an interval goes with guidance of the form score, not mean")
+        elif chosen.learned:
+            options["guidance"] = lambda x, t: gradient(x, t) * how.classifier_weight
+        elif chosen.table is None:
+            raise ValueError(f"guidance of the form mean needs a sampler with fixed steps that clips x0, not {chosen.name}")
+        else:
+            model = guidance.mean_guided(model, gradient, chosen.table, how.classifier_weight, clip=CLIP)
+            options["clip"] = None
+    return mean.joined(model) if isinstance(mean, _Split) else model, options
+
+
 def draw(
     process: Process,
     net: UNet,
@@ -117,26 +235,27 @@ def draw(
     weight: float = 0.0,
     batch: int = 64,
     progress: Callable[[int], Any] | None = None,
+    how: Guide | None = None,
 ) -> Iterator[np.ndarray]:
     """``n`` images as blocks uint8 (≤ batch, H, W, C). Image k follows from (seed, k, labels[k]) alone.
 
     labels (n,), or None for a network without classes, or for one with classes the null class. weight: that of classifier-free
-    guidance. progress(images): called after each step with the number of images in the batch. Raises ValueError where a sample is
-    not a number. (The steps of "flow" are chosen for a whole batch: there an image follows from its batch within the tolerance.)
+    guidance; ``how``, in its place, says more. progress(images): called after each step with the number of images in the batch.
+    Raises ValueError where a sample is not a number. (The steps of "flow" are chosen for a whole batch: there an image follows
+    from its batch within the tolerance.)
     """
-    xp, shape = net.params.xp, (*net.config["image_size"], net.config["out_channels"])
-    predict = process.predict(net.predict)
+    xp, shape = net.params.xp, (*net.config["image_size"], net.config["in_channels"])
     for start in range(0, n, batch):
         size = min(batch, n - start)
-        model: Model = predict
-        if labels is not None:
-            model = guidance.classifier_free(predict, xp.asarray(labels[start : start + size]), weight, net.null)
+        y = None if labels is None else xp.asarray(labels[start : start + size])
+        model, options = guided(process, net, chosen, y, how or Guide(weight))
         x = chosen.run(
             model,
             samplers.prior((size, *shape), seed, start, xp=xp, std=process.levels.prior_std),
             seed=seed,
             first_sample=start,
             progress=None if progress is None else partial(_count, progress, size),
+            **options,
         )
         yield to_numpy(to_uint8(x))
 

@@ -95,8 +95,8 @@ class Session:
         labels = np.repeat(np.arange(len(classes)), s.columns) if classes else None
         try:
             with t.averaged() as net:
-                chosen = (t.process, net, self.sampler, labels, n, t.config.train.seed, s.guidance)
-                images = np.concatenate(list(sampling.draw(*chosen, batch=n, progress=progress)))
+                chosen = (t.process, net, self.sampler, labels, n, t.config.train.seed)
+                images = np.concatenate(list(sampling.draw(*chosen, batch=n, progress=progress, how=sampling.guide(s))))
         except ValueError as e:
             raise Failure(f"no samples could be drawn: {e}") from e
         title = f"{self.run.path.name}, step {t.done}: {self.sampler.name}" + (f", w = {s.guidance:g}" if classes else "")

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ EXAMPLES = """examples:
   alphabar train                                            handwritten digits, a few minutes on two cores
   alphabar train --data photos.h5 --steps 20000 --set model.channels=64,128,256
   alphabar train --set method=ncsn                          another way to train: ddpm, ncsn, vpsde, vesde, subvpsde
+  alphabar train --set train.loss=hybrid --set train.importance=true      learn the variance of the steps too
   alphabar train --resume auto                              go on with the latest run
   alphabar train --dry-run --set model.blocks=3             what would it cost?
 """
-FIXED = ("method", "model", "diffusion")  # what a resumed run cannot change
+FIXED = ("method", "model", "diffusion", "train.loss")  # what a resumed run cannot change
 
 
 @program("train")
@@ -127,9 +129,10 @@ def _check_fixed(config: Config, found: Found) -> None:
     """UserError where a resumed run would change what its checkpoint was trained with."""
     before = configs.from_dict(found[2]["config"])
     for name in FIXED:
-        if getattr(config, name) != getattr(before, name):
+        value = attrgetter(name)
+        if value(config) != value(before):
             shown = f"[{name}]" if name in configs.SECTIONS else name
-            raise UserError(f"a resumed run cannot change {shown}: its checkpoint has {getattr(before, name)}")
+            raise UserError(f"a resumed run cannot change {shown}: its checkpoint has {value(before)}")
 
 
 def _folder(options: Any, config: Config, found: Found | None) -> Path:

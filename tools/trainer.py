@@ -23,7 +23,7 @@ from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.methods import Process
 
 KIND = "alphabar-training"
-MOMENTS = ("m", "v")
+HISTORY = "importance"  # the group of the losses that the times are drawn by
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class NotFinite(ArithmeticError):
 def network_options(config: Config, data: Dataset) -> dict[str, Any]:
     """Arguments of the network for this configuration and these data."""
     m, (height, width, channels) = config.model, data.shape
+    doubled = {"out_channels": 2 * channels} if config.train.loss == "hybrid" else {}
     return {
         "image_size": (height, width),
         "in_channels": channels,
+        **doubled,
         "channels": m.channels,
         "blocks": m.blocks,
         "attention": tuple(side or height >> (len(m.channels) - 1) for side in m.attention),
@@ -109,6 +111,7 @@ class Trainer:
             norm = self.optimiser.step(lr)
             if not math.isfinite(norm):
                 self._stop(f"the norm of the gradient is {norm}", rows, times, {"x_t": x_t, "output": output.data}, True)
+            self.process.learn(example, value)
         self.done += 1
         return Step(loss, norm, lr)
 
@@ -134,6 +137,8 @@ class Trainer:
         for group, flat in saved.items():
             with store.using(flat):
                 arrays |= {f"{group}/{n}": a for n, a in store.arrays().items()}
+        if self.process.history is not None:
+            arrays |= {f"{HISTORY}/{n}": a for n, a in self.process.history.state().items()}
         meta = {
             "kind": KIND,
             "alphabar": alphabar.__version__,
@@ -160,6 +165,12 @@ class Trainer:
             with self.net.params.using(flat):
                 load_weights(path, self.net, arrays, group)
         self.optimiser.load_state(moments, meta["optimiser"]["count"], meta["optimiser"]["skipped"])
+        saved = group_of(arrays, HISTORY)
+        if self.process.history is not None and saved:
+            try:
+                self.process.history.load_state(saved)
+            except (ValueError, KeyError) as e:
+                raise CheckpointError(path, f"its {HISTORY} does not fit: {e}") from e
         self.done = meta["step"]
 
     @contextmanager
@@ -188,8 +199,12 @@ def check_data(path: Any, meta: Mapping[str, Any], data: Dataset) -> None:
 
 def load_weights(path: Any, net: UNet, arrays: Mapping[str, Any], group: str) -> None:
     """Copy one group of a checkpoint's arrays into a network's parameters. CheckpointError names what does not fit."""
-    chosen = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith(f"{group}/")}
     try:
-        net.params.load(chosen)
+        net.params.load(group_of(arrays, group))
     except ValueError as e:
         raise CheckpointError(path, f"its {group} do not fit the network: {e}") from e
+
+
+def group_of(arrays: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The arrays of one group of a checkpoint by their names in it."""
+    return {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith(f"{group}/")}
