@@ -91,6 +91,8 @@ class Gamma:
     @staticmethod
     def join(parts: Sequence["Gamma"]) -> "Gamma":
         """One record of several, measured at the same times on different samples (of one data set or of its classes)."""
+        if not parts:
+            raise ValueError("parts must hold at least one record")
         first = parts[0]
         if any(not np.array_equal(p.t, first.t) or p.dimensions != first.dimensions for p in parts):
             raise ValueError("parts must be measured at the same times, on samples of one size")
@@ -149,7 +151,7 @@ def measure_gamma(
     for done, (draw, k, start) in enumerate(work, 1):
         rows = slice(start, start + batch)
         part = here[rows]
-        eps = kernels.normals(xp.empty_like(part), seed, draw * K + k, streams.PATH, first_sample + start)
+        eps = kernels.normals(xp.empty(part.shape, part.dtype), seed, draw * K + k, streams.PATH, first_sample + start)
         x = float(signal[k]) * part + float(noise[k]) * eps
         m = answer_of(model(restore(x, x0), restore(xp.full(len(part), told[k]), x0)), x, "model")
         answer = float(P[k]) * x.astype(np.float64) + float(Q[k]) * m.astype(np.float64)
@@ -159,6 +161,11 @@ def measure_gamma(
             progress(done, len(work))
     g, r = ((v.mean(axis=1), v.std(axis=1, ddof=1) / np.sqrt(N) if N > 1 else np.full(K, np.nan)) for v in (square, residual))
     return Gamma(times, noise, g[0] / noise**2, g[1] / noise**2, *r, N, d)
+
+
+def _needs_gamma(gamma: Any) -> None:
+    if not isinstance(gamma, Gamma):
+        raise TypeError(f"gamma must be a Gamma (measure_gamma makes one), not {type(gamma).__name__}")
 
 
 def _grid(s: Levels, grid: Any) -> np.ndarray:
@@ -228,6 +235,7 @@ def analytic_table(table: Table, gamma: Gamma, data_range: Range = None, estimat
     Raises ValueError for a table with history or corrections, one that ascends, or one whose laws are not exact, and for times
     outside those measured.
     """
+    _needs_gamma(gamma)
     if end not in ENDS:
         raise ValueError(f"end must be one of {ENDS}, not {end!r}")
     lambda2, kappa = _kernel(table)
@@ -266,6 +274,7 @@ def step_costs(s: Levels, gamma: Gamma, eta: float = 1.0, estimate: str = "resid
     ends decides. ``eta`` in (0, 1] as in :func:`tables.ddim` (1: DDPM); at 0 the bound is infinite.
     """
     check_schedule(s)
+    _needs_gamma(gamma)
     if not 0 < eta <= 1:
         raise ValueError(f"eta must be in (0, 1], not {eta}: without noise the bound is infinite")
     a, n = s.levels(gamma.t)
@@ -282,6 +291,7 @@ def step_costs(s: Levels, gamma: Gamma, eta: float = 1.0, estimate: str = "resid
 
 def path_cost(s: Levels, gamma: Gamma, grid: Sequence[float] | np.ndarray, eta: float = 1.0, estimate: str = "residual") -> float:
     """The sum of :func:`step_costs` along ascending times of gamma.t: the bound's part between the two ends, nats per element."""
+    _needs_gamma(gamma)
     times = np.asarray(grid, np.float64)
     place = np.searchsorted(gamma.t, times)
     if not np.isin(times, gamma.t).all() or np.any(np.diff(times) <= 0):
@@ -297,6 +307,7 @@ def optimal_path(s: Levels, gamma: Gamma, steps: int, eta: float = 1.0, estimate
     The grid is for ``tables.ddpm(s, grid=grid)`` (or ddim with this ``eta``) and :func:`analytic_table`. Raises ValueError unless
     2 ≤ steps ≤ the times measured. Source: Bao et al. 2022, section 4; Watson et al. 2021.
     """
+    _needs_gamma(gamma)
     K = gamma.t.size
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
         raise TypeError(f"steps must be an int, not {type(steps).__name__}")

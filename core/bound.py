@@ -15,7 +15,7 @@ from ..kernels import counter, streams
 from ..kernels.arrays import to_numpy
 from .chain import Chain, Model
 from .decoder import DECODERS, discrete_log_prob, gaussian_log_prob
-from .exchange import Array, check_schedule
+from .exchange import Array, check_schedule, flat
 from .levels import Levels
 
 UNIFORMS = 0xFFFFFFFF  # the step of the stream PATH, counted down by draw, at which the sampled terms are chosen
@@ -89,8 +89,7 @@ def prior_kl(x0: Array, s: Levels, t: float | None = None) -> np.ndarray:
     check_schedule(s)
     x = np.asarray(to_numpy(x0), np.float64)
     a, n = (float(v) / s.prior_std for v in s.levels(s.T if t is None else t))
-    flat = x.reshape(len(x), -1)
-    return 0.5 * (a**2 * (flat**2).sum(axis=1) + flat.shape[1] * ((n - 1) * (n + 1) - 2 * np.log(n)))
+    return 0.5 * (a**2 * (flat(x) ** 2).sum(axis=1) + x[:1].size * ((n - 1) * (n + 1) - 2 * np.log(n)))
 
 
 def vlb_terms(
@@ -125,6 +124,8 @@ def vlb_terms(
     if draws < 1 or (sampled is not None and sampled < 1):
         raise ValueError(f"draws and sampled must be at least 1, not {draws} and {sampled}")
     clean = np.asarray(to_numpy(x0), np.float64)
+    if clean.ndim < 1 or clean.size == 0:
+        raise ValueError(f"x0 must be an array (B, …) of at least one sample, not of shape {clean.shape}")
     batch, S = len(clean), len(c)
     terms = np.zeros((S + 1, batch))
     terms[S] = prior_kl(clean, c.levels, c.t[-1])

@@ -100,7 +100,7 @@ class Chain:
             raise TypeError("x0 must be a float array (B, …)")
         xp = array_module(here)
         step = draw * len(self.t) + (i if isinstance(i, int) else 0)
-        eps = kernels.normals(xp.empty_like(here), seed, step, streams.PATH, first_sample)
+        eps = kernels.normals(xp.empty(here.shape, here.dtype), seed, step, streams.PATH, first_sample)
         a, n = (xp.asarray(_column(v[i], here)).astype(here.dtype) for v in (self.signal, self.noise))
         return restore(a * here + n * eps, x0)
 
@@ -111,7 +111,7 @@ class Chain:
         path[0] = x0
         path[-1] = self.noised(x0, len(self), seed, draw, first_sample)
         for i in range(len(self), 1, -1):
-            z = kernels.normals(np.empty_like(x0), seed, draw * len(self.t) + i - 1, streams.PATH, first_sample)
+            z = kernels.normals(np.empty(x0.shape), seed, draw * len(self.t) + i - 1, streams.PATH, first_sample)
             path[i - 1] = self.mean(x0, path[i], i) + np.sqrt(self.q_variance[i]) * z
         return path
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.arrays import to_numpy
-from .exchange import Array
+from .exchange import Array, flat
 
 VALUES = 256
 DECODERS = ("discrete", "gaussian")
@@ -25,7 +25,8 @@ def gaussian_log_prob(x: Array, mean: Array, variance: Any) -> np.ndarray:
     if not np.all(variance > 0):
         raise ValueError(f"variance must be positive, not {variance.min()}")
     terms = (x - mean) ** 2 / variance + np.log(2 * np.pi * variance)
-    return -0.5 * terms.reshape(len(x), -1).sum(axis=1)
+    _like(terms, x)
+    return -0.5 * flat(terms).sum(axis=1)
 
 
 def discrete_log_prob(x: Array, mean: Array, variance: Any, values: int = VALUES) -> np.ndarray:
@@ -50,7 +51,14 @@ def discrete_log_prob(x: Array, mean: Array, variance: Any, values: int = VALUES
     x = 2 * half * k - 1
     low = np.where(k == 0, -np.inf, (x - half - mean) / std)
     high = np.where(k == values - 1, np.inf, (x + half - mean) / std)
-    return log_normal_mass(low, high).reshape(len(x), -1).sum(axis=1)
+    mass = log_normal_mass(low, high)
+    _like(mass, x)
+    return flat(mass).sum(axis=1)
+
+
+def _like(terms: np.ndarray, x: np.ndarray) -> None:
+    if terms.shape != x.shape or x.ndim < 1:
+        raise ValueError(f"x must be (B, …), and mean and variance broadcast to its shape {x.shape}, not to {terms.shape}")
 
 
 def log_normal_mass(low: Any, high: Any) -> np.ndarray:

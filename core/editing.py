@@ -168,5 +168,7 @@ def _offset(progress: Callable[[int, int], Any], k: int, repeats: int) -> Callab
 
 def psnr(x: Array, y: Array, peak: float = 2.0) -> np.ndarray:
     """10·log10(peak²/MSE) in dB, (B,); peak is the width of the range of values, 2 for [−1, 1]. Infinite where x = y."""
+    if not 0 < peak < np.inf:
+        raise ValueError(f"peak must be positive and finite, not {peak}")
     with np.errstate(divide="ignore"):
         return 10 * np.log10(peak**2 / per_dimension_mse(x, y))

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -65,6 +66,11 @@ def check_times(t: Any, low: int, high: int, batch: int | None = None) -> Any:
     if isinstance(t, np.ndarray) and t.size and not (low <= t.min() and t.max() <= high):
         raise ValueError(f"t must be in {low}..{high}, not {t.min()}..{t.max()}")
     return t
+
+
+def flat(x: Array) -> Array:
+    """x (B, …) as (B, d), for an empty batch too (which reshape(B, -1) refuses)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def lift(values: Any, x: Array) -> Any:

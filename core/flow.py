@@ -21,7 +21,7 @@ from . import traces
 from .chain import Model
 from .convert import coefficients
 from .decoder import gaussian_log_prob
-from .exchange import Array, check_schedule
+from .exchange import Array, check_schedule, flat
 from .levels import Levels
 from .mixture import GaussianMixture
 
@@ -108,6 +108,8 @@ def log_likelihood(
     here = native(x)
     if not is_native(here) or here.dtype.kind != "f" or here.ndim < 2:
         raise TypeError("x must be a float array (B, …)")
+    if here.size == 0:
+        raise ValueError(f"x must hold at least one sample, but has shape {here.shape}")
     if trace not in ("exact", "hutchinson"):
         raise ValueError(f"trace must be 'exact' or 'hutchinson', not {trace!r}")
     if method not in METHODS:
@@ -156,8 +158,8 @@ def log_likelihood(
             square = [float(d)]
         else:
             pairs = [(to_numpy(v).astype(np.float64), host(jvp(at, times, restore(v, x)), "jvp")) for v in directions]
-            rows = [(v * Jv).reshape(batch, -1).sum(axis=1) for v, Jv in pairs]
-            square = [(v * v).reshape(batch, -1).sum(axis=1) for v, _ in pairs]  # vᵀv, d for Rademacher directions
+            rows = [flat(v * Jv).sum(axis=1) for v, Jv in pairs]
+            square = [flat(v * v).sum(axis=1) for v, _ in pairs]  # vᵀv, d for Rademacher directions
         div = np.concatenate([n * (P * vv + Q * row) - n * n / r2 * vv for row, vv in zip(rows, square, strict=True)])
         if not np.isfinite(div).all():
             raise ValueError(f"the Jacobian of the model at t = {t:g} is not finite")

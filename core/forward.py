@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels import counter, streams
 from ..kernels.arrays import array_module, is_native
 from .convert import convert, eps_from_score, predict_eps_from_x0, predict_x0_from_eps, score_from_eps, training_target
-from .exchange import Array, check_times, column, exchanged, lift, real_times
+from .exchange import Array, check_schedule, check_times, column, exchanged, lift, real_times
 from .levels import Levels, Tabulated, step_variance
 
 __all__ = [
@@ -106,6 +106,9 @@ def random_times(n: int, s: Levels, seed: int = 0, step: int = 0) -> np.ndarray:
 
     t ~ U{1..T}, int64, for a table; t ~ U[t_min, T), float64, for a continuous process (Eq: S4-E68).
     """
+    check_schedule(s)
+    if n < 0:
+        raise ValueError(f"n must not be negative, not {n}")
     if not isinstance(s, Tabulated):
         return s.t_min + (s.T - s.t_min) * counter.uniform(n, seed, step, streams.TIMES)
     return counter.integers(n, 1, s.T + 1, seed, step, streams.TIMES)
@@ -177,13 +180,18 @@ def ddim_sigma(t: Any, t_to: Any, s: Levels, eta: float = 1.0) -> Any:
     η multiplies the standard deviation (some code has it multiply the variance: there η means the square of this one). η = 1 on
     neighbouring times is √β̃_t. Times in 0..T, arrays or numbers; float64.
     """
+    check_schedule(s)
     (_, noise), (_, noise_to) = s.levels(t), s.levels(t_to)
     return eta * (noise_to / noise) * ddim_sigma_hat(t, t_to, s)
 
 
 def ddim_sigma_hat(t: Any, t_to: Any, s: Levels) -> Any:
     """σ̂ = √(1−ᾱ_t/ᾱ_to), larger than σ(η = 1). Eq: S2-U5."""
-    return np.sqrt(step_variance(*s.levels(t), *s.levels(t_to)))
+    check_schedule(s)
+    levels = (*s.levels(t), *s.levels(t_to))
+    if np.any(np.greater(t_to, t)):
+        raise ValueError(f"t_to must not be above t = {t}, not {t_to}")
+    return np.sqrt(step_variance(*levels))
 
 
 @exchanged
@@ -192,9 +200,11 @@ def ddim_posterior(x0: Array, x_t: Array, t: Any, t_to: Any, s: Tabulated, sigma
 
         mean = √ᾱ_to·x0 + √(1−ᾱ_to−σ²)·(x_t − √ᾱ_t·x0)/√(1−ᾱ_t)
 
-    t in 1..T and t_to < t are ints. Raises ValueError unless 0 ≤ σ² ≤ 1−ᾱ_to.
+    t in 1..T and t_to < t are ints. Raises ValueError for others, and unless 0 ≤ σ² ≤ 1−ᾱ_to.
     """
     t, t_to = check_times(t, 1, s.T), check_times(t_to, 0, s.T)
+    if not (isinstance(t, int) and isinstance(t_to, int) and t_to < t):
+        raise ValueError(f"t and t_to must be ints, t_to below t, not {t} and {t_to}")
     rest = s.noise_variance[t_to] - sigma**2
     if sigma < 0 or rest < 0:
         raise ValueError(f"sigma must be in 0..{s.noise[t_to]:.6g} (the noise level at t_to = {t_to}), not {sigma}")

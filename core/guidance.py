@@ -14,7 +14,7 @@ import numpy as np
 from ..kernels import counter, streams
 from ..kernels.arrays import array_module, native, restore, to_numpy
 from .convert import coefficients, score_from_eps
-from .exchange import Array, check_schedule, exchanged, level_columns, lift
+from .exchange import Array, check_schedule, exchanged, flat, level_columns, lift
 from .levels import Levels
 from .table import Table
 
@@ -50,9 +50,9 @@ def rescale_guidance(guided: Array, cond: Array, phi: float) -> Array:
             f"guided and cond must have one shape (B, …) of at least 2 elements each, not {guided.shape}, {cond.shape}"
         )
     xp = array_module(guided)
-    wanted, had = (v.reshape(len(v), -1).std(axis=1) for v in (cond, guided))
-    flat = had == 0  # a constant image has no deviation to rescale
-    factor = phi * xp.where(flat, 1, wanted / xp.where(flat, 1, had)) + (1 - phi)
+    wanted, had = (flat(v).std(axis=1) for v in (cond, guided))
+    level = had == 0  # a constant image has no deviation to rescale
+    factor = phi * xp.where(level, 1, wanted / xp.where(level, 1, had)) + (1 - phi)
     return guided * factor.reshape(-1, *(1,) * (guided.ndim - 1))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.arrays import array_module
-from .exchange import Array, exchanged, lift
+from .exchange import Array, exchanged, flat, lift
 
 PARALLEL = 1e-6  # sin θ below which the great circle has no direction
 
@@ -24,7 +24,7 @@ def slerp(x: Array, y: Array, weight: Any) -> Array:
     if lam.ndim > 1 or (lam.ndim == 1 and lam.shape[0] != x.shape[0]):
         raise ValueError(f"weight must be a number or have shape ({x.shape[0]},), not {lam.shape}")
     lam = xp.broadcast_to(lam, x.shape[:1])
-    u, v = (z.reshape(x.shape[0], -1).astype(np.float64) for z in (x, y))
+    u, v = (flat(z).astype(np.float64) for z in (x, y))
     length = xp.sqrt((u * u).sum(axis=1) * (v * v).sum(axis=1))
     theta = xp.arccos(xp.clip((u * v).sum(axis=1) / xp.where(length > 0, length, 1), -1, 1))
     curved = (xp.sin(theta) > PARALLEL) & (length > 0)

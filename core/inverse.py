@@ -21,7 +21,7 @@ from ..kernels import streams
 from ..kernels.arrays import array_module, native, restore, to_numpy
 from . import samplers, tables
 from .convert import coefficients
-from .exchange import Array, check_schedule, lift
+from .exchange import Array, check_schedule, flat, lift
 from .grids import Grid
 from .inpainting import single_step, start
 from .levels import Levels
@@ -98,7 +98,7 @@ def ddrm(
         v0 = operator.to_spectrum(x0)
         v = column(1 - on_v - on_w) * v0 + column(on_v) * operator.to_spectrum(x / float(levels.signal[i])) + column(on_w) * w
         if np.any(on_z):
-            noise = kernels.normals(xp.empty_like(x), seed, step=i, stream=streams.SAMPLER, first_sample=first_sample)
+            noise = kernels.normals(xp.empty(x.shape, x.dtype), seed, step=i, stream=streams.SAMPLER, first_sample=first_sample)
             v = v + column(on_z) * noise
         x = float(levels.signal_to[i]) * operator.from_spectrum(v)
         if progress is not None:
@@ -318,7 +318,7 @@ def _linear(p: Any, x: Array, q: Any, m: Array) -> Array:
 def _dot(a: Array, b: Array) -> Array:
     """The inner product of each sample (B,), float64."""
     xp = array_module(a)
-    return (a * b).reshape(len(a), -1).sum(axis=1, dtype=xp.float64)
+    return flat(a * b).sum(axis=1, dtype=xp.float64)
 
 
 def _lengths(a: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.arrays import array_module, restore
-from .exchange import Array, check_times, exchanged, lift
+from .exchange import Array, check_times, exchanged, flat, lift
 from .forward import ddim_sigma
 from .levels import Tabulated
 
@@ -98,4 +98,6 @@ def normal_kl(mean_p: Array, var_p: Any, mean_q: Array, var_q: Any) -> Array:
         raise ValueError("var_p and var_q must be positive")
     ratio = xp.asarray(var_p / var_q, dtype=mean_p.dtype)
     terms = ratio + (mean_q - mean_p) ** 2 / var_q - 1 - xp.log(ratio)
-    return 0.5 * terms.reshape(mean_p.shape[0], -1).sum(axis=1)
+    if terms.shape != mean_p.shape or mean_p.ndim < 1:
+        raise ValueError(f"mean_p must be (B, …), and the others broadcast to its shape {mean_p.shape}, not to {terms.shape}")
+    return 0.5 * flat(terms).sum(axis=1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..kernels.arrays import to_numpy
-from .exchange import Array
+from .exchange import Array, flat
 
 
 def frechet_distance(mean_1: Any, covariance_1: Any, mean_2: Any, covariance_2: Any) -> float:
@@ -48,7 +48,7 @@ def per_dimension_mse(x: Array, y: Array) -> np.ndarray:
     a, b = (np.asarray(to_numpy(v), np.float64) for v in (x, y))
     if a.shape != b.shape or a.ndim < 1:
         raise ValueError(f"x and y must be (B, …) of one shape, not {a.shape} and {b.shape}")
-    return ((a - b) ** 2).reshape(len(a), -1).mean(axis=1)
+    return flat((a - b) ** 2).mean(axis=1)
 
 
 class LinearCost(NamedTuple):

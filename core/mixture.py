@@ -144,7 +144,7 @@ def _predict(kind: str, clean: _Laws, laws: _Laws, x: np.ndarray, signal: np.nda
 
 def _blocked(f: Callable[..., np.ndarray], laws: _Laws, x: np.ndarray, *more: np.ndarray) -> np.ndarray:
     """f(laws, x, …) of a few samples at a time."""
-    rows = max(1, BLOCK // laws.means[:, 0].size)
+    rows = max(1, BLOCK // (laws.means.shape[0] * laws.means.shape[2]))
     starts = range(0, max(len(x), 1), rows)
     return np.concatenate([f(laws.rows(slice(i, i + rows)), *(v[i : i + rows] for v in (x, *more))) for i in starts])
 
@@ -341,6 +341,8 @@ class GaussianMixture:
         """
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {PREDICTIONS}, not {prediction!r}")
+        if not callable(getattr(levels, "levels", None)):
+            raise TypeError(f"levels must be a process with levels(t) (a Schedule for one), not {type(levels).__name__}")
 
         def predict(x: Array, t: Array) -> Array:
             here = native(x)

@@ -17,6 +17,8 @@ from .sde import SDE
 
 __all__ = ["Solution", "ddim_ode_prior", "ddim_ode_rhs", "decode", "encode", "probability_flow_drift"]
 
+METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+
 
 def ddim_ode_rhs(model: Model, s: Levels, prediction: str = "eps") -> Callable[[Array, float], Array]:
     """rhs(x̄, σ̄) = ε_θ(x, t) of dx̄ = ε dσ̄, x̄ = x/a, σ̄ = n/a. Eq: S2-E14, S4-E50.
@@ -148,6 +150,10 @@ class _Flow:
             from scipy.integrate import solve_ivp
         except ImportError as e:
             raise ImportError("the adaptive solver needs scipy (pip install scipy); tables.rk4 and tables.heun do not") from e
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+        if not (rtol > 0 and atol > 0):
+            raise ValueError(f"rtol and atol must be positive, not {rtol} and {atol}")
         if xbar.size == 0:
             return xbar
 

@@ -13,7 +13,7 @@ from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
 from . import samplers
 from .convert import coefficients
-from .exchange import Array, check_schedule
+from .exchange import Array, check_schedule, flat
 from .levels import Levels, Tabulated, whole_steps
 from .samplers import Model, answer_of
 from .sde import SDE
@@ -48,7 +48,7 @@ def step_size(score: Array, z: Array, snr: float = 0.16, norm: str = "sample", a
 
 def _norms(x: Array) -> Array:
     xp = array_module(x)
-    x = x.reshape(x.shape[0], -1).astype(xp.float64, copy=False)
+    x = flat(x).astype(xp.float64, copy=False)
     return xp.sqrt((x * x).sum(axis=1))
 
 
@@ -88,7 +88,8 @@ def sample(
     corrector_noise: (rows, corrections, *x_T.shape) to use instead. The other arguments as in :func:`samplers.sample`.
 
     The model is called rows + corrected steps × corrections times. Raises ValueError for a multistep table, whose stored outputs
-    a correction would put out of date. Source: Song et al. 2021 (score SDE), appendix G.
+    a correction would put out of date, and for one of another process than ``s``. Source: Song et al. 2021 (score SDE),
+    appendix G.
     """
     if not isinstance(table, Table):
         raise TypeError(f"table must be a Table (tables.reverse_diffusion(s) for one), not {type(table).__name__}")
@@ -103,6 +104,8 @@ def sample(
         raise ValueError(f"table must not keep outputs from step to step, but {table.name} does")
     corrected = set(starts.tolist())
     on_x, on_m = coefficients(table.prediction, "score", table.signal, table.noise)
+    if not np.allclose(s.levels(table.t), (table.signal, table.noise), rtol=1e-6, atol=1e-9):
+        raise ValueError(f"s must be the process of the table, and {table.name} has other levels than {s!r}")
     alpha, times = corrector_alpha(s, table.t), table.times
     x0 = native(x_T)
     given = None if corrector_noise is None else native(corrector_noise)
@@ -112,9 +115,9 @@ def sample(
         raise ValueError(f"corrector_noise must have shape {(len(table), corrections, *x0.shape)}, not {given.shape}")
 
     def correct(state: Array, i: int) -> Array:
-        if i not in corrected:
-            return state
         x = native(state)
+        if i not in corrected or x.size == 0:
+            return state
         xp = array_module(x)
         t = restore(xp.full(x.shape[0], times[i]), x_T)
         for j in range(corrections):

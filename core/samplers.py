@@ -30,6 +30,8 @@ def prior(
     Sample k depends on (seed, first_sample + k) alone, so a batch may be split in any way. The values are float32 in every dtype.
     ``std`` is the ``prior_std`` of the process: 1 for schedules, σ_T for a ladder (Eq: S4-E65).
     """
+    if not 0 < std < np.inf:
+        raise ValueError(f"std must be positive and finite, not {std}")
     x = kernels.normals(xp.empty(shape, dtype), seed, step=0, stream=streams.PRIOR, first_sample=first_sample)
     return x if std == 1 else x * x.dtype.type(std)
 

@@ -45,9 +45,15 @@ def prior_gap(s: Schedule, second_moment: float = 1.0) -> PriorGap:
 
     ``second_moment`` is E[x_0²] of one element of the data.
     """
+    _needs_schedule(s)
     last = float(s.alpha_bar[-1])
     kl = 0.5 * (last * second_moment - last - np.log1p(-last))
     return PriorGap(float(s.signal[-1]), float(kl), float(kl / np.log(2)))
+
+
+def _needs_schedule(s: Schedule) -> None:
+    if not isinstance(s, Schedule):
+        raise TypeError(f"s must be a Schedule (schedules.linear() for one), not {type(s).__name__}")
 
 
 def from_betas(betas: Sequence[float] | np.ndarray, name: str = "custom") -> Schedule:
@@ -109,6 +115,7 @@ def zero_terminal_snr(s: Schedule) -> Schedule:
 
     At t = T the noise tells nothing about x_0, so samplers need a model that predicts x0 or v there.
     """
+    _needs_schedule(s)
     root = s.signal[1:]
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root**2
@@ -131,4 +138,6 @@ def geometric(sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> L
     """
     if not 0 < sigma_min < sigma_max < np.inf:
         raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
-    return Ladder(np.r_[0.0, np.geomspace(sigma_min, sigma_max, whole_steps(T))], "geometric")
+    if whole_steps(T) < 2:
+        raise ValueError(f"T must be at least 2, for both ends are levels (from_sigmas takes one alone), not {T}")
+    return Ladder(np.r_[0.0, np.geomspace(sigma_min, sigma_max, T)], "geometric")

@@ -12,7 +12,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module
-from .exchange import Array, exchanged, lift
+from .exchange import Array, exchanged, flat, lift
 from .traces import projections
 
 __all__ = [
@@ -40,7 +40,7 @@ def _like(score: Array, **others: Array) -> None:
 
 
 def _sum(x: Array) -> Array:
-    return x.reshape(x.shape[0], -1).sum(axis=1)
+    return flat(x).sum(axis=1)
 
 
 def _along(v: Array, u: Array) -> Array:
@@ -126,7 +126,7 @@ def perturb(
     if x0.dtype.kind != "f" or x0.ndim < 1:
         raise TypeError(f"x0 must be a float array (B, …), not {x0.dtype} of shape {x0.shape}")
     if eps is None:
-        eps = kernels.normals(array_module(x0).empty_like(x0), seed, step, streams.FORWARD, first_sample)
+        eps = kernels.normals(array_module(x0).empty(x0.shape, x0.dtype), seed, step, streams.FORWARD, first_sample)
     elif eps.shape != x0.shape:
         raise ValueError(f"eps has shape {eps.shape}, want {x0.shape} like x0")
     return x0 + lift(_sigma(sigma, len(x0)), x0) * eps, eps

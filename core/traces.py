@@ -13,7 +13,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
-from .exchange import Array
+from .exchange import Array, flat
 
 Product = Callable[[Array, Array], Array]
 LAWS = ("rademacher", "normal")
@@ -105,7 +105,7 @@ def hutchinson_trace(
     draws = xp.empty((projections, a.shape[0]), a.dtype)
     for j in range(projections):
         v = _draw(a.shape, seed, step + j, law, first_sample, a.dtype, xp)
-        draws[j] = (v * _product(jvp, x, v)).reshape(a.shape[0], -1).sum(axis=1)
+        draws[j] = flat(v * _product(jvp, x, v)).sum(axis=1)
     mean = draws.mean(axis=0)
     if projections == 1:
         error = xp.full_like(mean, np.nan)

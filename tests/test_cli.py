@@ -47,6 +47,16 @@ def test_the_installed_command() -> None:
     assert out.returncode == 2 and out.stderr == "alphabar sample: error: nothing: No such file or directory\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("words", ["equations", "equations S0-E28", "check ddim --steps 5"])
+def test_an_output_that_cannot_be_written(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "alphabar.tools.cli", *words.split()]
+        out = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert out.returncode == 1 and out.stderr.count("\n") == 1, out.stderr
+    assert "the output could not be written (No space left on device)" in out.stderr
+
+
 @pytest.mark.parametrize("name", ["ALPHABAR_THREADS", "ALPHABAR_KERNELS"])
 def test_a_bad_variable_of_the_environment(name: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "alphabar.tools.cli", "train", "--dry-run", "--device", "cpu", "--quiet"]

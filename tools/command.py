@@ -1,8 +1,11 @@
 """What the command-line programs share: one-line errors with exit code 2, and where a computation runs."""
 
 import argparse
+import contextlib
+import errno
 import functools
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ import numpy as np
 from alphabar.core.data import DataError
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.tools.config import ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # why a write to stdout fails, a reader gone away apart
 
 
 class UserError(Exception):
@@ -51,7 +56,9 @@ def program(name: str) -> Callable[[Main], Main]:
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = functools.partial(_warn, name)
-                    return main(sys.argv[1:] if argv is None else argv)
+                    code = main(sys.argv[1:] if argv is None else argv)
+                sys.stdout.flush()
+                return code
             except SystemExit as e:  # --help
                 return e.code if isinstance(e.code, int) else 0
             except (UserError, ConfigError, DataError, CheckpointError) as e:
@@ -67,12 +74,23 @@ def program(name: str) -> Callable[[Main], Main]:
             except BrokenPipeError:
                 sys.stderr.close()
                 return 141
+            except OSError as e:
+                if e.errno not in FULL or e.filename is not None:
+                    raise
+                _silence()
+                return complain(name, f"the output could not be written ({e.strerror})", 1)
             except KeyboardInterrupt:
                 return complain(name, "interrupted", 130)
 
         return guarded
 
     return decorate
+
+
+def _silence() -> None:
+    """Stdout to nowhere, so that what is left in its buffer does not fail again when the process ends."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def from_environment(e: Exception) -> bool:
