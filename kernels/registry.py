@@ -1,8 +1,8 @@
 """The registry: one record for each kernel. Tests and benchmarks iterate over it: one entry, and a kernel is tested and timed.
 
-A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ledger ids of its equation, the dtypes its
-fast backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call moves and
-computes.
+A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ids of its equation (`alphabar equations`), the
+dtypes its fast backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call
+moves and computes.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: name, ledger ids, cases, and how to make its arguments and count its work."""
+    """One kernel: name, ids of its equations, cases, and how to make its arguments and count its work."""
 
     name: str
     equations: tuple[str, ...]

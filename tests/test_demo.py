@@ -57,7 +57,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_low_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ledger: more than 10 : 1 without noise, below 2 : 1 with noise of the modes' distance."""
+    """S0-C4: more than 10 : 1 without noise, below 2 : 1 with noise of the modes' distance."""
     cells = draw("low-density", tmp_path, capsys, "--steps", "500", "--networks", "3", "--samples", "4000")
     rows = {row[0]: [float(v) for v in row[1:]] for row in cells[1:]}
     low, high, ratio, everywhere = rows["box, σ = 0.0"]
@@ -102,7 +102,7 @@ def test_one_thread_is_undone() -> None:
 
 
 def test_langevin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ledger: plain near 0.5, the share of the start; annealed within 0.05 of 0.2."""
+    """S0-C5: plain near 0.5, the share of the start; annealed within 0.05 of 0.2."""
     cells = draw("langevin", tmp_path, capsys, "--particles", "1500", "--seed", "3")
     rows = {row[0]: row[1:] for row in cells[1:]}
     assert rows["density"] == ["0.2000", "1.000"]

@@ -1,4 +1,4 @@
-"""The errata of the source documents about schedules, the forward process, DDPM, DDIM, guidance and losses, by their ledger ids.
+"""The errata of the source documents about schedules, the forward process, DDPM, DDIM, guidance and losses, by their ids.
 
 Each case computes a quantity from the formula as the document prints it and through the package, and returns both errors with the
 tolerance. The package must be within it; the printed form must be off by more than ten times as much, or not be a number. The ids

@@ -162,7 +162,7 @@ def test_annealing_arguments_are_checked():
 
 
 def test_the_variance_after_a_level_is_the_recursion():
-    """L3. Song & Ermon 2020, proposition 3, at the ledger's numbers and others."""
+    """L3. Song & Ermon 2020, proposition 3, at the published numbers and others."""
     for ratio, step, steps in ((1.1, 0.06, 5), (1.04, 0.3, 1), (1.5, 0.01, 40)):
         v = ratio**2
         for _ in range(steps):

@@ -338,7 +338,7 @@ ERROR = np.sqrt(WEIGHT * (1 - WEIGHT) / np.prod(SHAPE))
 
 @pytest.fixture
 def modes(mixture):
-    """0.2·N(−8, 1) + 0.8·N(8, 1): S0-C5 and T1 of the ledger."""
+    """0.2·N(−8, 1) + 0.8·N(8, 1): S0-C5."""
     return mixture([WEIGHT, 1 - WEIGHT], [-8.0, 8.0], [1.0, 1.0])
 
 

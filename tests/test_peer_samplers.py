@@ -302,7 +302,7 @@ def test_unipc(make, data, dtype, monkeypatch, variant, order):
     for steps in (6, 20):
         for final in ("lowest", "data"):
             if final == "data" and variant == "bh1":
-                continue  # not a number there: PEERS' trap of bh1 at σ = 0
+                continue  # not a number there: bh1 with a last σ of 0
             arguments = {"solver_order": order, "solver_type": variant} | (LOWEST if final == "lowest" else {})
             scheduler = make("UniPCMultistepScheduler", steps, **arguments)
             table = tables.unipc(LINEAR, steps, order, variant=variant, final=final)

@@ -120,7 +120,7 @@ def test_time_counts_calls_and_takes_the_shortest() -> None:
 
 
 def test_consistency() -> None:
-    """Distances fall as 1/S; modes agree as often as the ledger's sampled 98.9 % at S = 10 and 99.85 % at S = 50."""
+    """Distances fall as 1/S; modes agree as often as the sampled 98.9 % at S = 10 and 99.85 % at S = 50."""
     apart, alike = consistency.exact((10, 20, 50, 100))
     assert consistency.slope(apart) == pytest.approx(-1, abs=0.1)
     assert alike[10] == pytest.approx(0.989, abs=0.01) and alike[50] > 0.998 and alike[100] >= alike[10]
