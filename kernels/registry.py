@@ -1,8 +1,8 @@
 """The registry: one record for each kernel. Tests and benchmarks iterate over it: one entry, and a kernel is tested and timed.
 
-A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ids of its equation (`alphabar equations`), the
-dtypes its fast backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one call
-moves and computes.
+A record names the kernel (the same name in ``reference``, ``cpu`` and ``gpu``), the ids of its equation (`alphabar equations`),
+the dtypes its fast backends take, small cases for the tests, large cases for the benchmarks, a maker of arguments, and what one
+call moves and computes.
 """
 
 from collections.abc import Callable, Mapping
