@@ -13,6 +13,7 @@ from ..kernels import buffers
 from ..kernels.arrays import array_module, is_cupy, native, restore
 from . import functions as f
 from .autograd import Tensor, backward, fresh_tape, no_grad, record, recording
+from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, GroupNorm, Linear, ParameterStore, TimeEmbedding
 from .unet import _Dropout, _Level, _Projections, _ResBlock
 from .unet_config import attention_levels, check, integers
@@ -121,14 +122,14 @@ class Classifier:
         ValueError or TypeError for arguments that do not fit.
         """
         x = x if isinstance(x, Tensor) else Tensor(x)
-        self._check_input(x.data)
+        check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
         drop = None
         if self.config["dropout"]:
             if step is not None:
                 drop = _Dropout(self.config["dropout"], self.config["seed"], step, first_sample)
             elif recording() and self.conv_in.weight.needs_grad:
                 raise ValueError("a network with dropout needs step=, the training step; evaluate it by predict or under no_grad")
-        emb = self.projection(f.silu(self.time(self._times(t, x.shape[0]))))
+        emb = self.projection(f.silu(self.time(check_times(t, x.shape[0], self.params.xp))))
         h = self.conv_in(x)
         for level in self.down:
             for res, attention in level.blocks:
@@ -159,27 +160,6 @@ class Classifier:
             p, chosen = _softmax(logits.data), _one_hot(y, logits.data)
             backward((logits, chosen - p))
         return restore(start.grad.copy(), x)
-
-    def _check_input(self, x: Array) -> None:
-        c, like = self.config, self.params.data
-        want = (*c["image_size"], c["in_channels"])
-        if not isinstance(x, np.ndarray) and not is_cupy(x):
-            raise TypeError(f"x must be an array, not {type(x).__name__}")
-        if x.ndim != 4 or x.shape[1:] != want:
-            raise ValueError(f"x must have shape (B, {want[0]}, {want[1]}, {want[2]}), not {x.shape}")
-        if array_module(x) is not array_module(like):
-            raise TypeError(f"x is of {array_module(x).__name__}, the network of {array_module(like).__name__}")
-        if x.dtype != like.dtype:
-            raise TypeError(f"x is {x.dtype}, the network {like.dtype}: the dtypes must be equal")
-
-    def _times(self, t: Any, batch: int) -> Array:
-        t = t if is_cupy(t) else np.asarray(t)
-        if t.dtype.kind not in "iuf":
-            raise TypeError(f"t must be integers or floats, not {t.dtype}")
-        if t.shape not in ((), (batch,)):
-            raise ValueError(f"t must have shape ({batch},), not {t.shape}")
-        xp = self.params.xp
-        return xp.broadcast_to(xp.asarray(t, "float64"), (batch,))
 
 
 def mean_places(x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_cupy, is_native, native, restore
+from ..kernels.arrays import native, restore
 from . import functions as f
 from .autograd import Tensor, no_grad
+from .inputs import check_input, check_times
 from .layers import Linear, ParameterStore, time_features
 from .unet_config import integers
 
@@ -100,7 +101,7 @@ class MLP:
         number, integers or floats, where the network has ``times``. Raises ValueError or TypeError for arguments that do not fit.
         """
         x = x if isinstance(x, Tensor) else Tensor(x)
-        self._check_input(x.data)
+        check_input(x.data, (self.config["features_in"],), self.params)
         if self.config["times"]:
             x = f.concat(x, Tensor(self._time_features(t, x.shape[0])))
         elif t is not None:
@@ -118,25 +119,9 @@ class MLP:
             out = self(native(x), native(t)).data.copy()  # the buffer itself may belong to a pool
         return restore(out, x)
 
-    def _check_input(self, x: Array) -> None:
-        like = self.params.data
-        if not is_native(x):
-            raise TypeError(f"x must be an array, not {type(x).__name__}")
-        if x.ndim != 2 or x.shape[1] != self.config["features_in"]:
-            raise ValueError(f"x must have shape (B, {self.config['features_in']}), not {x.shape}")
-        if array_module(x) is not array_module(like):
-            raise TypeError(f"x is of {array_module(x).__name__}, the network of {array_module(like).__name__}")
-        if x.dtype != like.dtype:
-            raise TypeError(f"x is {x.dtype}, the network {like.dtype}: the dtypes must be equal")
-
     def _time_features(self, t: Any, batch: int) -> Array:
         if t is None:
             raise ValueError("t must be given: the network has times")
-        t = t if is_cupy(t) else np.asarray(t)
-        if t.dtype.kind not in "iuf":
-            raise TypeError(f"t must be integers or floats, not {t.dtype}")
-        if t.shape not in ((), (batch,)):
-            raise ValueError(f"t must have shape ({batch},), not {t.shape}")
-        xp, c = self.params.xp, self.config
-        scaled = xp.broadcast_to(xp.asarray(t, "float64") * c["time_scale"], (batch,))
+        c = self.config
+        scaled = check_times(t, batch, self.params.xp) * c["time_scale"]
         return time_features(scaled, c["time_channels"]).astype(self.params.dtype)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_cupy, native, restore
+from ..kernels.arrays import is_cupy, native, restore
 from . import functions as f
 from .autograd import Tensor, no_grad, recording
+from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding
 from .unet_config import attention_levels, check, integers
 
@@ -241,7 +242,7 @@ class UNet:
         ``first_sample``. Returns (B, H, W, out_channels). Raises ValueError or TypeError for arguments that do not fit.
         """
         x = x if isinstance(x, Tensor) else Tensor(x)
-        self._check_input(x.data)
+        check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
         batch = x.shape[0]
         drop = None
         if self.dropout:
@@ -250,7 +251,7 @@ class UNet:
             elif recording() and self.conv_in.weight.needs_grad:
                 raise ValueError("a network with dropout needs step=, the training step; evaluate it by predict or under no_grad")
 
-        emb = self.time(self._times(t, batch))
+        emb = self.time(check_times(t, batch, self.params.xp))
         if self.label is not None:
             emb = f.add(emb, self.label(self._labels(y, batch)))
         elif y is not None:
@@ -286,27 +287,6 @@ class UNet:
         with no_grad():
             out = self(native(x), native(t), native(y)).data.copy()  # the buffer itself may belong to a pool
         return restore(out, x)
-
-    def _check_input(self, x: Array) -> None:
-        c, like = self.config, self.params.data
-        want = (*c["image_size"], c["in_channels"])
-        if not isinstance(x, np.ndarray) and not is_cupy(x):
-            raise TypeError(f"x must be an array, not {type(x).__name__}")
-        if x.ndim != 4 or x.shape[1:] != want:
-            raise ValueError(f"x must have shape (B, {want[0]}, {want[1]}, {want[2]}), not {x.shape}")
-        if array_module(x) is not array_module(like):
-            raise TypeError(f"x is of {array_module(x).__name__}, the network of {array_module(like).__name__}")
-        if x.dtype != like.dtype:
-            raise TypeError(f"x is {x.dtype}, the network {like.dtype}: the dtypes must be equal")
-
-    def _times(self, t: Any, batch: int) -> Array:
-        t = t if is_cupy(t) else np.asarray(t)
-        if t.dtype.kind not in "iuf":
-            raise TypeError(f"t must be integers or floats, not {t.dtype}")
-        if t.shape not in ((), (batch,)):
-            raise ValueError(f"t must have shape ({batch},), not {t.shape}")
-        xp = self.params.xp
-        return xp.broadcast_to(xp.asarray(t, "float64"), (batch,))
 
     def _labels(self, y: Any, batch: int) -> Array:
         xp, c = self.params.xp, self.config
