@@ -7,7 +7,7 @@ import numpy as np
 from .exchange import check_schedule
 from .levels import SPACINGS, Levels, Tabulated, whole_steps
 
-__all__ = ["RHO", "SIGMA_SPACINGS", "Grid", "at_sigmas", "sigma_times", "times"]
+__all__ = ["RHO", "SIGMA_SPACINGS", "Grid", "at_sigmas", "refuse_pure_noise", "sigma_times", "times"]
 
 Grid = Sequence[float] | np.ndarray | None
 SIGMA_SPACINGS = ("karras", "logsnr", "exponential")  # spaced in σ̄; the last two are two names of one
@@ -73,6 +73,12 @@ def sigma_times(s: Levels, steps: int, spacing: str = "karras", rho: float = RHO
     else:
         path = np.geomspace(high, low, steps)[::-1]
     return s.time(np.clip(path, low, high))
+
+
+def refuse_pure_noise(signal: float, name: str) -> None:
+    """ValueError where a sampler that divides by the signal would start where none is left."""
+    if signal == 0:
+        raise ValueError(f"{name} cannot start where no signal is left (alpha_bar = 0): use ddim, or end the grid below T")
 
 
 def at_sigmas(s: Levels, sigmas: Grid) -> np.ndarray:

@@ -123,10 +123,7 @@ def euler_ancestral(
         raise ValueError(f"eta must be at least 0, not {eta}")
     times, how = grids.times(s, steps, spacing, grid, sigmas, rho)
     t, t_to, a, n = down(s, times)
-    if a[0] == 0:
-        raise ValueError(
-            "euler_ancestral cannot start where no signal is left (alpha_bar = 0): use ddim, or end the grid below T"
-        )
+    grids.refuse_pure_noise(a[0], "euler_ancestral")
     c = np.minimum(n[1:], forward.ddim_sigma(t, t_to, s, eta))
     Be = np.sqrt((n[1:] - c) * (n[1:] + c))
     return table(f"euler_ancestral({how}, eta={eta:g})", prediction, t, a, n, B0=a[1:], Be=Be, c=c)

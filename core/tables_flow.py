@@ -17,8 +17,7 @@ MOST_CHURN = float(np.sqrt(2) - 1)
 def path_of(s: Levels, times: np.ndarray, name: str, last: float = 0.0) -> list[Level]:
     """The levels from the highest time down to ``last``; ValueError where the first has no signal."""
     path = levels_at(s, np.r_[times[::-1], last])
-    if path[0].a == 0:
-        raise ValueError(f"{name} cannot start where no signal is left (alpha_bar = 0): use ddim, or end the grid below T")
+    grids.refuse_pure_noise(path[0].a, name)
     return path
 
 
@@ -79,12 +78,9 @@ def heun_step(rows: Rows, to: Level) -> Affine:
     return eps
 
 
-def runge_kutta_step(s: Levels, rows: Rows, to: Level) -> Affine:
-    """The classical step of order 4, four rows; to clean data Euler's alone."""
-    if to.n == 0:
-        return euler_step(rows, to)
+def runge_kutta_step(rows: Rows, middle: Level, to: Level) -> Affine:
+    """The classical step of order 4 through ``middle``, four rows. Returns ε at its start."""
     x, now = rows.x, rows.level
-    middle = level_at_sigma(s, (now.sigma + to.sigma) / 2)
     k1 = rows.ask()
     rows.go(middle, flow(x, now, middle, k1))
     k2 = rows.ask()
@@ -94,6 +90,13 @@ def runge_kutta_step(s: Levels, rows: Rows, to: Level) -> Affine:
     k4 = rows.ask()
     rows.go(to, flow(x, now, to, (k1 + 2 * k2 + 2 * k3 + k4) / 6))
     return k1
+
+
+def rk4_step(s: Levels, rows: Rows, to: Level) -> Affine:
+    """The Runge–Kutta step with its middle halfway in σ̄; to clean data Euler's alone."""
+    if to.n == 0:
+        return euler_step(rows, to)
+    return runge_kutta_step(rows, level_at_sigma(s, (rows.level.sigma + to.sigma) / 2), to)
 
 
 def midpoint_step(s: Levels, rows: Rows, to: Level) -> None:
@@ -193,7 +196,7 @@ def rk4(
     The model is also asked halfway in σ̄ between the times. Eq: S2-E14.
     """
     where = (steps, spacing, grid, sigmas, rho)
-    return _stepped("rk4", s, where, prediction, lambda rows, to: runge_kutta_step(s, rows, to))
+    return _stepped("rk4", s, where, prediction, lambda rows, to: rk4_step(s, rows, to))
 
 
 def kdpm2(

@@ -13,7 +13,7 @@ from .grids import RHO, Grid
 from .levels import Levels, Tabulated
 from .rows import Affine, Level, Rows, flow, levels_at
 from .table import Table
-from .tables_flow import heun_step, path_of, runge_kutta_step
+from .tables_flow import heun_step, path_of, rk4_step, runge_kutta_step
 
 GAUSS_POINTS, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(24)
 START_STEPS = (0, 0, 1, 2)  # by Runge–Kutta ahead of Adams–Bashforth of order 1..4, for a start of full order
@@ -79,7 +79,7 @@ def deis(
     """
     times, how, last = multistep_times(s, steps, spacing, grid, sigmas, rho, final, drop_lowest)
     path = path_of(s, times, "deis", last)
-    return _multistep("deis", how, s, path, order, prediction, full_order_start, lower_order_final)
+    return _multistep("deis", how, s, path, order, prediction, full_order_start, True, lower_order_final)
 
 
 def _multistep(
@@ -90,20 +90,21 @@ def _multistep(
     order: int,
     prediction: str,
     full_order_start: bool,
-    lower_order_final: bool | None = None,
+    logarithmic: bool = False,
+    lower_order_final: bool = False,
 ) -> Table:
-    """Adams–Bashforth along ``path``, in σ̄; in ln σ̄ where ``lower_order_final`` is given."""
+    """Adams–Bashforth along ``path``, in σ̄ or in ln σ̄, whose last step to clean data is of order 1."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, not {order}")
-    logarithmic, steps = lower_order_final is not None, len(path) - 1
-    used = rising_orders(steps, order, path[-1].n == 0, bool(lower_order_final)) if logarithmic else [order] * steps
+    steps = len(path) - 1
+    used = rising_orders(steps, order, path[-1].n == 0, lower_order_final) if logarithmic else [order] * steps
     rows = Rows(path[0])
     nodes: list[Level] = []  # where ε is known, latest first
     known: list[Affine] = []
     for i, (now, to) in enumerate(pairwise(path)):
         nodes = [now, *nodes][:order]
         if full_order_start and i < START_STEPS[order - 1] and to.n > 0:
-            known = [heun_step(rows, to) if order == 3 else runge_kutta_step(s, rows, to), *known]
+            known = [heun_step(rows, to) if order == 3 else rk4_step(s, rows, to), *known]
             continue
         known = [rows.ask(), *known][:order]
         weights = lagrange_integrals([level.sigma for level in nodes[: used[i]]], to.sigma, logarithmic and used[i] > 1)
@@ -194,20 +195,13 @@ def pndm(
     rows = Rows(path[0])
     known: list[Affine] = []
     for i, (now, to) in enumerate(pairwise(path)):
-        x, eps = rows.x, rows.ask()
-        known = [eps, *known][:4]
-        if i >= 3:
-            rows.go(to, flow(x, now, to, weighted(PSEUDO[len(known) - 1], known)))
-            continue
-        halfway = (now.t - to.t) / 2
-        middle = levels_at(s, [to.t + (np.floor(halfway) if np.all(times == np.rint(times)) else halfway)])[0]
-        rows.go(middle, flow(x, now, middle, eps))
-        k2 = rows.ask()
-        rows.go(middle, flow(x, now, middle, k2))
-        k3 = rows.ask()
-        rows.go(to, flow(x, now, to, k3))
-        k4 = rows.ask()
-        rows.go(to, flow(x, now, to, (eps + 2 * k2 + 2 * k3 + k4) / 6))
+        if i < 3:
+            halfway = (now.t - to.t) / 2
+            middle = levels_at(s, [to.t + (np.floor(halfway) if np.all(times == np.rint(times)) else halfway)])[0]
+            known = [runge_kutta_step(rows, middle, to), *known]
+        else:
+            known = [rows.ask(), *known][:4]
+            rows.go(to, flow(rows.x, now, to, weighted(PSEUDO[len(known) - 1], known)))
     return rows.table(f"pndm({how})", prediction)
 
 

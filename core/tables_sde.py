@@ -31,7 +31,7 @@ def euler_maruyama(
     """
     times, how = grids.times(s, steps, spacing, grid, sigmas, rho, whole=True)
     t, t_to, a, n = down(s, times)
-    _refuse_pure_noise(a, "euler_maruyama")
+    grids.refuse_pure_noise(a[0], "euler_maruyama")
     F, G = s.increments(t, t_to)
     return _reverse("euler_maruyama", how, prediction, probability_flow, t, t_to, a, n, 1 - F, G)
 
@@ -54,7 +54,7 @@ def reverse_diffusion(
     """
     times, how = grids.times(s, steps, spacing, grid, sigmas, rho, whole=True)
     t, t_to, a, n = down(s, times)
-    _refuse_pure_noise(a, "reverse_diffusion")
+    grids.refuse_pure_noise(a[0], "reverse_diffusion")
     v = step_variance(a[:-1], n[:-1], a[1:], n[1:])
     return _reverse("reverse_diffusion", how, prediction, probability_flow, t, t_to, a, n, 2 - a[:-1] / a[1:], v)
 
@@ -76,8 +76,3 @@ def _reverse(
         return table(f"{name}({how}, probability_flow)", prediction, t, a, n, A=A, Be=-added / (2 * n[:-1]), exact=False)
     c = np.where(t_to > 0, np.sqrt(added), 0.0)
     return table(f"{name}({how})", prediction, t, a, n, A=A, Be=-added / n[:-1], c=c, exact=False)
-
-
-def _refuse_pure_noise(a: np.ndarray, name: str) -> None:
-    if a[0] == 0:
-        raise ValueError(f"{name} cannot start where no signal is left (alpha_bar = 0): use ddim, or end the grid below T")
