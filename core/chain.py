@@ -12,10 +12,10 @@ import numpy as np
 
 from .. import kernels
 from ..kernels import streams
-from ..kernels.arrays import array_module, is_native, native, restore, to_numpy
+from ..kernels.arrays import array_module, native, restore, to_numpy
 from .convert import coefficients
 from .decoder import gaussian_log_prob
-from .exchange import Array, check_schedule
+from .exchange import Array, check_schedule, float_batch
 from .levels import Levels, Tabulated, frozen, whole_steps
 
 Model = Callable[[Array, Array], Array]
@@ -95,9 +95,7 @@ class Chain:
 
         Sample k depends on (seed, draw, i, first_sample + k) alone where i is an int, else on (seed, draw, first_sample + k).
         """
-        here = native(x0)
-        if not is_native(here) or here.dtype.kind != "f" or here.ndim < 1:
-            raise TypeError("x0 must be a float array (B, …)")
+        here = float_batch(x0, "x0")
         xp = array_module(here)
         step = draw * len(self.t) + (i if isinstance(i, int) else 0)
         eps = kernels.normals(xp.empty(here.shape, here.dtype), seed, step, streams.PATH, first_sample)

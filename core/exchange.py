@@ -68,6 +68,22 @@ def check_times(t: Any, low: int, high: int, batch: int | None = None) -> Any:
     return t
 
 
+def float_array(value: Any, name: str) -> Array:
+    """``value`` as a native array; TypeError unless it is an array of floats."""
+    a = native(value)
+    if not is_native(a) or a.dtype.kind != "f":
+        raise TypeError(f"{name} must be a float array, not {f'of {a.dtype}' if is_native(a) else type(a).__name__}")
+    return a
+
+
+def float_batch(value: Any, name: str, axes: int = 1) -> Array:
+    """``value`` as a native array; TypeError unless it is an array of floats with at least so many axes."""
+    a = native(value)
+    if not is_native(a) or a.dtype.kind != "f" or a.ndim < axes:
+        raise TypeError(f"{name} must be a float array (B, …)")
+    return a
+
+
 def flat(x: Array) -> Array:
     """x (B, …) as (B, d), for an empty batch too (which reshape(B, -1) refuses)."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))

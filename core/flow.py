@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..kernels import counter, streams
-from ..kernels.arrays import array_module, is_native, native, restore, to_numpy
+from ..kernels.arrays import array_module, restore, to_numpy
 from . import traces
 from .chain import Model
 from .convert import coefficients
 from .decoder import gaussian_log_prob
-from .exchange import Array, check_schedule, flat
+from .exchange import Array, check_schedule, flat, float_batch
 from .levels import Levels
 from .mixture import GaussianMixture
 
@@ -105,9 +105,7 @@ def log_likelihood(
     except ImportError as e:
         raise ImportError("the probability-flow likelihood needs scipy: pip install scipy") from e
     check_schedule(s)
-    here = native(x)
-    if not is_native(here) or here.dtype.kind != "f" or here.ndim < 2:
-        raise TypeError("x must be a float array (B, …)")
+    here = float_batch(x, "x", axes=2)
     if here.size == 0:
         raise ValueError(f"x must hold at least one sample, but has shape {here.shape}")
     if trace not in ("exact", "hutchinson"):

@@ -12,10 +12,10 @@ import numpy as np
 
 from .. import kernels
 from ..kernels import streams
-from ..kernels.arrays import array_module, is_native, native, restore
+from ..kernels.arrays import array_module, native, restore
 from .exchange import Array
 from .levels import step_variance, whole_steps
-from .samplers import Model, answer_of
+from .samplers import Model, answer_of, start_of
 from .table import Table
 
 __all__ = ["repaint", "repaint_path", "replacement"]
@@ -114,7 +114,7 @@ class _State:
         single_step(table)
         if (table.signal_to[-1], table.noise_to[-1]) != (1, 0):
             raise ValueError(f"table must end at clean data, but {table.name} does not")
-        self.x = start(x_T)
+        self.x = start_of(x_T)
         xp = array_module(self.x)
         given, keep = native(known), xp.asarray(native(mask))
         if np.shape(given) != self.x.shape:
@@ -155,13 +155,3 @@ def single_step(table: Any) -> None:
         raise ValueError(
             f"table must not store outputs from row to row, which a change of the state puts out of date: {table.name}"
         )
-
-
-def start(x_T: Any) -> Array:
-    """A copy of x_T as a native array; TypeError or ValueError unless it is a float array with a batch axis."""
-    x = native(x_T)
-    if not is_native(x) or x.dtype.kind != "f":
-        raise TypeError(f"x_T must be a float array, not {f'of {x.dtype}' if is_native(x) else type(x).__name__}")
-    if x.ndim < 1:
-        raise ValueError("x_T must have a batch axis, not shape ()")
-    return x.copy(order="C")

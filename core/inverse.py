@@ -23,10 +23,10 @@ from . import samplers, tables
 from .convert import coefficients
 from .exchange import Array, check_schedule, flat, lift
 from .grids import Grid
-from .inpainting import single_step, start
+from .inpainting import single_step
 from .levels import Levels
 from .operators import Operator
-from .samplers import Model, answer_of
+from .samplers import Model, answer_of, start_of
 from .table import Table
 
 __all__ = ["Vjp", "ddrm", "dps", "moment_matching", "pigdm"]
@@ -74,7 +74,7 @@ def ddrm(
     levels = tables.ddim(s, steps, 0.0, spacing, grid, prediction)  # for its levels and times
     if levels.signal[0] == 0:
         raise ValueError("ddrm cannot start where no signal is left (alpha_bar = 0): end the grid below T")
-    z = start(x_T)
+    z = start_of(x_T)
     xp = array_module(z)
     measured = _measured(operator, y, z)
     w = operator.observed(measured)
@@ -141,7 +141,7 @@ def dps(
     single_step(table)
     if not 0 <= zeta < np.inf:
         raise ValueError(f"zeta must be finite and not negative, not {zeta}")
-    x = start(x_T)
+    x = start_of(x_T)
     measured = _measured(operator, y, x)
     P, Q = coefficients(table.prediction, "x0", table.signal, table.noise)
     at, pending = 0, None

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_native, native, restore, to_numpy
-from .exchange import Array
+from ..kernels.arrays import array_module, restore, to_numpy
+from .exchange import Array, float_array
 
 CUTOFF = 1e-6  # singular values below this part of the largest one count as 0 in A⁺ and in the spectrum
 
@@ -70,9 +70,7 @@ class Operator(ABC):
 
     @staticmethod
     def _checked(name: str, x: Any, shape: tuple[int, ...]) -> Array:
-        a = native(x)
-        if not is_native(a) or a.dtype.kind != "f":
-            raise TypeError(f"{name} must be a float array, not {f'of {a.dtype}' if is_native(a) else type(a).__name__}")
+        a = float_array(x, name)
         if a.shape[1:] != shape or a.ndim < 1:
             raise ValueError(f"{name} must have shape (B, {', '.join(map(str, shape))}), not {a.shape}")
         return a

@@ -11,7 +11,7 @@ from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
 from .convert import coefficients
-from .exchange import Array
+from .exchange import Array, float_array
 from .table import Table
 
 Model = Callable[[Array, Array], Array]
@@ -71,13 +71,8 @@ def sample(
     """
     if not isinstance(table, Table):
         raise TypeError(f"table must be a Table (tables.ddim(s) for one), not {type(table).__name__}")
-    x = native(x_T)
-    if not is_native(x) or x.dtype.kind != "f":
-        raise TypeError(f"x_T must be a float array, not {f'of {x.dtype}' if is_native(x) else type(x).__name__}")
-    if x.ndim < 1:
-        raise ValueError("x_T must have a batch axis, not shape ()")
+    x = start_of(x_T)
     xp = array_module(x)
-    x = x.copy(order="C")
     given = None if noise is None else _noise(native(noise), table, x)
     on_output = table.guidance_on_output()
     if threshold is not None:
@@ -145,6 +140,14 @@ def _limits(threshold: Any) -> tuple[float, float]:
     if len(given) != 2 or not 0 < given[0] <= 1 or not given[1] >= 1:
         raise ValueError(f"threshold must be a quantile in (0, 1], or (quantile, highest) with highest >= 1, not {threshold!r}")
     return float(given[0]), float(given[1])
+
+
+def start_of(x_T: Any) -> Array:
+    """A copy of x_T as a native array; TypeError or ValueError unless it is a float array with a batch axis."""
+    x = float_array(x_T, "x_T")
+    if x.ndim < 1:
+        raise ValueError("x_T must have a batch axis, not shape ()")
+    return x.copy(order="C")
 
 
 def answer_of(value: Any, x: Array, name: str) -> Array:

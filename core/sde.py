@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import is_native, native, restore
-from .exchange import Array, lift, real_times
+from ..kernels.arrays import restore
+from .exchange import Array, float_array, lift, real_times
 from .levels import SPACINGS, Levels, whole_steps
 
 __all__ = ["EDM", "SDE", "VESDE", "VPSDE", "SubVPSDE"]
@@ -41,9 +41,7 @@ class SDE(Levels):
 
         x (B, …) float, an array of any library; t a number or (B,) in [0, T].
         """
-        a = native(x)
-        if not is_native(a) or a.dtype.kind != "f":
-            raise TypeError(f"x must be a float array, not {f'of {a.dtype}' if is_native(a) else type(a).__name__}")
+        a = float_array(x, "x")
         return restore(lift(self.drift_factor(real_times(t, self, a.shape[0] if a.ndim else None)), a) * a, x)
 
     def increments(self, t: Any, t_to: Any) -> tuple[np.ndarray, np.ndarray]:

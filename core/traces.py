@@ -13,7 +13,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
-from .exchange import Array, flat
+from .exchange import Array, flat, float_batch
 
 Product = Callable[[Array, Array], Array]
 LAWS = ("rademacher", "normal")
@@ -41,13 +41,6 @@ def projections(
 _draw = projections  # hutchinson_trace has an argument of that name
 
 
-def _state(x: Any) -> Array:
-    a = native(x)
-    if not is_native(a) or a.dtype.kind != "f" or a.ndim < 1:
-        raise TypeError("x must be a float array (B, …)")
-    return a
-
-
 def _product(jvp: Product, x: Any, v: Array) -> Array:
     answer = native(jvp(x, restore(v, x)))
     if not is_native(answer) or answer.shape != v.shape:
@@ -61,7 +54,7 @@ def jacobian(jvp: Product, x: Array) -> Array:
 
     x (B, …) with d elements a sample. From products uᵀJ it is the transpose.
     """
-    a = _state(x)
+    a = float_batch(x, "x")
     xp, d = array_module(a), int(np.prod(a.shape[1:]))
     J = xp.empty((a.shape[0], d, d), a.dtype)
     for i in range(d):
@@ -73,7 +66,7 @@ def jacobian(jvp: Product, x: Array) -> Array:
 
 def jacobian_trace(jvp: Product, x: Array) -> Array:
     """tr J (B,), exactly, by d calls. Eq: S0-E4, S0-C3, S4-E57, S4-E79, S4-C12."""
-    a = _state(x)
+    a = float_batch(x, "x")
     xp, d = array_module(a), int(np.prod(a.shape[1:]))
     trace = xp.zeros(a.shape[0], a.dtype)
     for i in range(d):
@@ -100,7 +93,7 @@ def hutchinson_trace(
     """
     if projections < 1:
         raise ValueError(f"projections must be at least 1, not {projections}")
-    a = _state(x)
+    a = float_batch(x, "x")
     xp = array_module(a)
     draws = xp.empty((projections, a.shape[0]), a.dtype)
     for j in range(projections):
