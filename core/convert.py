@@ -72,6 +72,11 @@ def coefficients(source: str, target: str, signal: Any, noise: Any) -> tuple[np.
     return P, Q
 
 
+def combined(P: Any, x: Array, Q: Any, m: Array) -> Array:
+    """P·x + Q·m for numbers of :func:`coefficients`, in the dtype of the arrays; where P is 0 x is not read."""
+    return float(Q) * m if P == 0 else float(P) * x + float(Q) * m
+
+
 @exchanged
 def convert(value: Array, x_t: Array, t: Any, s: Levels, source: str, target: str) -> Array:
     """``value`` (a ``source``) as a ``target``; both of "eps", "x0", "v", "score", "F". Eq: S0-U2, S1-E13, S0-P9.

@@ -20,7 +20,7 @@ from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, native, restore, to_numpy
 from . import samplers, tables
-from .convert import coefficients
+from .convert import coefficients, combined
 from .exchange import Array, check_schedule, flat, lift
 from .grids import Grid
 from .inpainting import single_step
@@ -91,7 +91,7 @@ def ddrm(
     x = float(levels.signal[0]) * operator.from_spectrum(v)
     for i in range(len(levels)):
         t = restore(xp.full(x.shape[0], levels.times[i]), x_T)
-        x0 = _linear(P[i], x, Q[i], answer_of(model(restore(x, x_T), t), x, "model"))
+        x0 = combined(P[i], x, Q[i], answer_of(model(restore(x, x_T), t), x, "model"))
         if clip is not None:
             x0 = xp.clip(x0, *clip)
         on_v, on_w, on_z = _ddrm_row(own, sigma[i], sigma_to[i], eta, eta_b)
@@ -156,12 +156,12 @@ def dps(
         here, p, q = native(state), float(P[at]), float(Q[at])
 
         def pull(m: Array) -> Array:
-            rest = measured - operator(_linear(p, here, q, answer_of(m, here, "vjp")))
+            rest = measured - operator(combined(p, here, q, answer_of(m, here, "vjp")))
             length = _lengths(rest)
             return restore(operator.adjoint(rest / _shaped(length, rest)), x_T)
 
         m, back, u = _pulled(vjp, state, t, pull)
-        pending = _linear(zeta * p, u, zeta * q, back)
+        pending = combined(zeta * p, u, zeta * q, back)
         return restore(m, x_T)
 
     options: dict[str, Any] = {"seed": seed, "first_sample": first_sample, "clip": clip, "rederive_eps": rederive_eps}
@@ -309,10 +309,6 @@ def _measured(operator: Operator, y: Any, x: Array) -> Array:
 def _noise_level(sigma_y: float) -> None:
     if not 0 <= sigma_y < np.inf:
         raise ValueError(f"sigma_y must be finite and not negative, not {sigma_y}")
-
-
-def _linear(p: Any, x: Array, q: Any, m: Array) -> Array:
-    return float(p) * x + float(q) * m
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..kernels.arrays import array_module, is_native, native, restore, to_numpy
-from .convert import coefficients
+from .convert import coefficients, combined
 from .exchange import Array, check_schedule, lift, real_times
 from .levels import Levels
 from .samplers import Model, answer_of
@@ -32,11 +32,11 @@ def ddim_ode_rhs(model: Model, s: Levels, prediction: str = "eps") -> Callable[[
         here = native(xbar)
         t = s.time(sigma)
         a, n = (float(v) for v in s.levels(t))
-        on_x, on_m = (float(v) for v in coefficients(prediction, "eps", a, n))
+        on_x, on_m = coefficients(prediction, "eps", a, n)
         x = a * here
         times = restore(array_module(here).full(here.shape[0], float(t)), xbar)
         m = answer_of(model(restore(x, xbar), times), x, "model")
-        return restore(on_m * m if on_x == 0 else on_x * x + on_m * m, xbar)
+        return restore(combined(on_x, x, on_m, m), xbar)
 
     return rhs
 

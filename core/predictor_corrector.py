@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
 from . import samplers
-from .convert import coefficients
+from .convert import coefficients, combined
 from .exchange import Array, check_schedule, flat
 from .levels import Levels, Tabulated, whole_steps
 from .samplers import Model, answer_of
@@ -122,7 +122,7 @@ def sample(
         t = restore(xp.full(x.shape[0], times[i]), x_T)
         for j in range(corrections):
             m = answer_of(model(restore(x, x_T), t), x, "model")
-            score = float(on_m[i]) * m if on_x[i] == 0 else float(on_x[i]) * x + float(on_m[i]) * m
+            score = combined(on_x[i], x, on_m[i], m)
             if given is None:
                 step = i * corrections + j
                 z = kernels.normals(xp.empty_like(x), seed, step=step, stream=streams.CORRECTOR, first_sample=first_sample)

@@ -10,7 +10,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
-from .convert import coefficients
+from .convert import coefficients, combined
 from .exchange import Array, float_array
 from .table import Table
 
@@ -100,7 +100,7 @@ def sample(
             if gradient is not None and (keeps or clip is not None or threshold is not None):
                 m, gradient = m + float(on_output[i]) * gradient, None  # the stored and the bounded x0 must be guided too
             if threshold is not None:
-                m = thresholded(float(on_x[i]) * x + float(on_m[i]) * m, quantile, highest)
+                m = thresholded(combined(on_x[i], x, on_m[i], m), quantile, highest)
         z = None if table.c[i] == 0 else True if given is None else given[i]
         history = tuple(outputs[i - k] for k in table.back[i, : past[i]])
         for k in [k for k in outputs if last_read[k] <= i]:  # the kernel may write what it keeps over what it reads
