@@ -12,10 +12,12 @@ import pytest
 
 from alphabar.kernels import TABLE, accuracy, buffers, gpu, reference
 from alphabar.kernels.compile import FOLDER
+from alphabar.kernels.gpu import attend, conv, diffusion, launch, norm, optim
 from alphabar.kernels.streams import SAMPLER
 from tests import cusim
 
 pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
+LAUNCHERS = (attend, conv, diffusion, norm, optim)
 FILES = sorted(FOLDER.glob("*.cu"))
 
 
@@ -27,7 +29,8 @@ def built() -> None:
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that no thread writes must show."""
-    monkeypatch.setattr(gpu, "empty", lambda shape, dtype, xp: np.full(shape, np.nan, dtype))
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "empty", lambda shape, dtype, xp: np.full(shape, np.nan, dtype))
 
 
 @pytest.fixture
@@ -234,7 +237,8 @@ def test_statistics_of_data_far_from_zero_do_not_cancel(host: cusim.Host) -> Non
 
 
 def test_results_come_from_the_pool(host: cusim.Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "empty", buffers.empty)
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "empty", buffers.empty)
     args, kwargs = accuracy.arguments(TABLE["conv2d"], TABLE["conv2d"].tests[1])
     pool = buffers.Pool()
     with pool:
@@ -274,12 +278,12 @@ def test_a_table_that_cannot_change_is_sent_once() -> None:
     frozen, open_ = np.ones((3, 13)), np.ones((3, 13))
     frozen.setflags(write=False)
     for _ in range(3):
-        gpu._table(device, frozen)
-    assert library.sent == 1 and len(gpu._tables) == 1
-    gpu._table(device, open_), gpu._table(device, open_)
+        launch.table(device, frozen)
+    assert library.sent == 1 and len(launch._tables) == 1
+    launch.table(device, open_), launch.table(device, open_)
     assert library.sent == 3
     del frozen
-    assert not gpu._tables
+    assert not launch._tables
 
 
 def test_arguments_must_have_the_type_of_their_parameter(host: cusim.Host) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from alphabar.kernels import TABLE, dispatch, gpu
 from alphabar.kernels.compile import FOLDER
+from alphabar.kernels.gpu import launch
 from alphabar.tools import gpu_check
 from tests import cusim, fake_cupy
 
@@ -70,8 +71,8 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cupy, "__version__", "14", raising=False)
     monkeypatch.setattr(cupy, "copyto", lambda to, a: None, raising=False)
     monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
-    monkeypatch.setattr(gpu, "_aligned", lambda *arrays, bytes_=16: all_aligned(arrays, bytes_))
-    monkeypatch.setattr(gpu, "_cuda", lambda: HostedDevice())
+    monkeypatch.setattr(launch, "_address", lambda a: fake_cupy.unwrap(a).ctypes.data)
+    monkeypatch.setattr(launch, "_cuda", lambda: HostedDevice())
     monkeypatch.setattr(gpu_check, "require_gpu", lambda index: cupy)
     monkeypatch.setattr(gpu_check, "_torch", lambda: None)
     monkeypatch.setattr(gpu_check, "FLUSH", 1024)
@@ -79,10 +80,6 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Any:
     table = {name: replace(TABLE[name], tests=TABLE[name].tests[:3], benches=TABLE[name].tests[:2]) for name in FEW}
     monkeypatch.setattr(gpu_check, "TABLE", table)
     return cupy
-
-
-def all_aligned(arrays: tuple, bytes_: int) -> bool:
-    return all(fake_cupy.unwrap(a).ctypes.data % bytes_ == 0 for a in arrays if a is not None)
 
 
 def test_the_sections_run_and_are_written(hosted: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

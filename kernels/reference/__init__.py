@@ -1,0 +1,36 @@
+"""Every kernel's definition in plain array code, for NumPy and CuPy alike and for any float dtype.
+
+The formula stands above the lines that compute it. The faster backends (``cpu``, ``gpu``) carry the same names and the same
+argument order; ``tests/test_kernels.py`` holds them to these definitions. Layout: activations NHWC, weights HWIO, tokens
+(B, T, heads, d).
+"""
+
+from .attend import attention, attention_backward
+from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight, conv_output_size, conv_padding
+from .diffusion import ROW, q_sample, step
+from .norm import group_norm_silu, group_norm_silu_backward
+from .optim import adamw_ema, sum_squares
+from .random import BLOCK, RUN, cos_sin, minus_2_log, normals, philox
+
+__all__ = [
+    "BLOCK",
+    "ROW",
+    "RUN",
+    "adamw_ema",
+    "attention",
+    "attention_backward",
+    "conv2d",
+    "conv2d_backward_input",
+    "conv2d_backward_weight",
+    "conv_output_size",
+    "conv_padding",
+    "cos_sin",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "minus_2_log",
+    "normals",
+    "philox",
+    "q_sample",
+    "step",
+    "sum_squares",
+]
