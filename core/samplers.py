@@ -50,6 +50,7 @@ def sample(
     progress: Callable[[int, int], Any] | None = None,
     before: Callable[[Array, int], Array] | None = None,
     threshold: float | tuple[float, float] | None = None,
+    x0: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
     """Run ``table`` from x_T, at most one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
 
@@ -66,6 +67,8 @@ def sample(
     threshold: p, or (p, highest): dynamic thresholding of the predicted x0, see :func:`thresholded`; ε is re-derived from it. It
         replaces ``clip``. The quantile needs the whole sample, so x0 is formed and partly sorted outside the fused kernel, about
         three more passes over the state a row.
+    x0: x0(prediction, t) returns the predicted x0 to go on with, for instance the nearest embedding; ε is re-derived from it. It
+        comes after guidance and ``threshold``, and ahead of ``clip``.
 
     Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
     """
@@ -79,6 +82,10 @@ def sample(
         if clip is not None or not rederive_eps:
             raise ValueError("threshold goes without clip, and re-derives eps")
         quantile, highest = _limits(threshold)
+    if x0 is not None and not rederive_eps:
+        raise ValueError("x0 re-derives eps: rederive_eps must be True")
+    formed = threshold is not None or x0 is not None
+    if formed:
         on_x, on_m = coefficients(table.prediction, "x0", table.signal, table.noise)
         table = dataclasses.replace(table, prediction="x0")
     rows, times, past, asks = table.rows(clip is not None, rederive_eps), table.times, table.past, table.asks
@@ -97,10 +104,14 @@ def sample(
             state = restore(x, x_T)
             m = answer_of(model(state, t), x, "model")
             gradient = None if guidance is None else answer_of(guidance(state, t), x, "guidance")
-            if gradient is not None and (keeps or clip is not None or threshold is not None):
+            if gradient is not None and (keeps or clip is not None or formed):
                 m, gradient = m + float(on_output[i]) * gradient, None  # the stored and the bounded x0 must be guided too
+            if formed:
+                m = combined(on_x[i], x, on_m[i], m)
             if threshold is not None:
-                m = thresholded(combined(on_x[i], x, on_m[i], m), quantile, highest)
+                m = thresholded(m, quantile, highest)
+            if x0 is not None:
+                m = answer_of(x0(restore(m, x_T), t), x, "x0")
         z = None if table.c[i] == 0 else True if given is None else given[i]
         history = tuple(outputs[i - k] for k in table.back[i, : past[i]])
         for k in [k for k in outputs if last_read[k] <= i]:  # the kernel may write what it keeps over what it reads

@@ -25,6 +25,7 @@ __all__ = [
     "prior_gap",
     "scaled_linear",
     "sigmoid",
+    "sqrt",
     "timesteps",
     "zero_terminal_snr",
 ]
@@ -108,6 +109,19 @@ def cosine(T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Sch
     """β_t = min(1 − f(t)/f(t−1), max_beta), f(t) = cos²((t/T + offset)/(1 + offset)·π/2). Source: Nichol & Dhariwal 2021."""
     f = np.cos((np.arange(whole_steps(T) + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
     return _build(np.minimum(1 - f[1:] / f[:-1], max_beta), "cosine")
+
+
+def sqrt(T: int = 1000, s: float = 1e-4, max_beta: float = 0.999) -> Schedule:
+    """ᾱ_t = 1 − √(t/T + s), β_t at most max_beta, for diffusion of embeddings: much noise from the first step on.
+
+    The formula is negative at t = T, where β is max_beta. s in [0, 1). The paper has T = 2000; its code divides ᾱ by 1 − √s, so
+    that ᾱ_0 = 1 belongs to the formula. Eq: L7. Source: Li et al. 2022 (Diffusion-LM), appendix A.
+    """
+    if not 0 <= s < 1:
+        raise ValueError(f"s must be in [0, 1), not {s}")
+    alpha_bar = np.r_[1.0, np.maximum(1 - np.sqrt(np.arange(1, whole_steps(T) + 1) / T + s), 0)]
+    ratio = np.divide(alpha_bar[1:], alpha_bar[:-1], out=np.zeros(T), where=alpha_bar[:-1] > 0)
+    return _build(np.minimum(1 - ratio, max_beta), "sqrt")
 
 
 def zero_terminal_snr(s: Schedule) -> Schedule:

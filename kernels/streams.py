@@ -21,3 +21,4 @@ KNOWN = 16  # noise of the known part in inpainting; step = visit of a level, sa
 RETURN = 17  # noise of RePaint's way back up; step = visit of a level, sample = global index of the sample
 EDIT = 18  # seeds of the repeats of image-to-image editing; step = repeat
 MEASURE = 19  # what a tool does to images before it restores them; step = 0 noise (sample = index of the image), 1 mask
+EMBED = 20  # noise of embeddings, x_0 ~ N(Emb(w), σ_0²); step = training step, sample = place in the batch

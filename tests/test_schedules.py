@@ -13,6 +13,7 @@ BUILDERS = {
     "scaled_linear": schedules.scaled_linear,
     "sigmoid": schedules.sigmoid,
     "cosine": schedules.cosine,
+    "sqrt": schedules.sqrt,
 }
 
 
@@ -60,6 +61,23 @@ def test_cosine_follows_its_alpha_bar_until_beta_is_bounded():
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(s.alpha_bar[:-1], (f / f[0])[:-1], rtol=1e-9)
     assert s.beta[-1] == 0.999 and s.beta[1:-1].max() < 0.999
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 1000, 2000])
+def test_sqrt_follows_its_alpha_bar_until_beta_is_bounded(T):
+    s = schedules.sqrt(T)
+    formula = 1 - np.sqrt(np.arange(T + 1) / T + 1e-4)
+    assert formula[-1] < 0 and s.beta[-1] == 0.999
+    np.testing.assert_allclose(s.alpha_bar[1:-1], formula[1:-1], rtol=1e-10)
+    assert s.alpha_bar[-1] == pytest.approx(0.001 * s.alpha_bar[-2]) and np.all(s.beta[1:-1] < 0.999)
+
+
+def test_sqrt_where_the_formula_is_negative_ahead_of_the_end():
+    s = schedules.sqrt(20, s=0.2)
+    assert np.all(s.beta[16:] == 0.999) and np.all(s.beta[1:16] < 0.999) and np.all(np.diff(s.alpha_bar) < 0)
+    for wrong in (-0.1, 1.0, np.nan):
+        with pytest.raises(ValueError, match="s must be in"):
+            schedules.sqrt(20, s=wrong)
 
 
 def test_prior_gap_is_the_kl_to_the_prior(linear):
