@@ -19,19 +19,20 @@ R = TypeVar("R")
 def exchanged(f: Callable[P, R]) -> Callable[P, R]:
     """``f`` for arrays of any library that speaks DLPack: NumPy or CuPy inside, the kind of its first argument back.
 
-    Raises TypeError unless that argument is an array and ``s``, where there is one, of the class that it is annotated with.
+    Raises TypeError unless that argument is an array and ``s``, where it is a process, of the class that it is annotated with.
     """
     parameters = inspect.signature(f).parameters
     names = tuple(parameters)
-    place = names.index("s") if "s" in names else len(names)
-    wanted = parameters["s"].annotation if "s" in names else Levels
+    annotation = parameters["s"].annotation if "s" in names else None
+    wanted = annotation if isinstance(annotation, type) and issubclass(annotation, Levels) else None
+    place = names.index("s") if wanted else len(names)
 
     @functools.wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         kind = args[0] if args else kwargs.get(names[0])
         if not is_foreign(kind) and not isinstance(kind, np.generic) and not is_native(kind) and (args or names[0] in kwargs):
             raise TypeError(f"{names[0]} must be an array, not {type(kind).__name__}")
-        if len(args) > place or "s" in kwargs:
+        if wanted and (len(args) > place or "s" in kwargs):
             check_schedule(args[place] if len(args) > place else kwargs["s"], wanted)
         if not any(map(is_foreign, (*args, *kwargs.values()))):
             return f(*args, **kwargs)

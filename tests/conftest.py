@@ -114,6 +114,81 @@ class ThreeStates:
         return joint / joint.sum(axis=-1, keepdims=True)
 
 
+def shares(w: np.ndarray) -> np.ndarray:
+    """Weights (…, K) over their sum; 0 where all are 0, in states that never occur."""
+    total = w.sum(axis=-1, keepdims=True)
+    return w / np.where(total > 0, total, 1)
+
+
+class Words:
+    """A law of words of L letters among D, few enough to enumerate: the oracle of discrete diffusion by a law on K >= D states.
+
+    p (D, …, D): one axis a letter. words (Dᴸ, L) and states (Kᴸ, L): every clean and every noisy word.
+    """
+
+    def __init__(self, p: Any, law: Any) -> None:
+        self.p = np.asarray(p, np.float64)
+        self.D, self.L, self.law = self.p.shape[0], self.p.ndim, law
+        self.words = np.indices(self.p.shape).reshape(self.L, -1).T.astype(np.int32)
+        self.states = np.indices((law.K,) * self.L).reshape(self.L, -1).T.astype(np.int32)
+        self.p = self.p.reshape(-1)
+        self.entropy = float(-(self.p * np.log(self.p)).sum())
+
+    def product(self, Q: np.ndarray, x: np.ndarray, to: np.ndarray) -> np.ndarray:
+        """∏ over the letters of Q[x, to], every row of x with every row of to."""
+        return Q[x[:, None], to[None]].prod(axis=2)
+
+    def noised(self, t: int) -> np.ndarray:
+        """q(x_t|x_0), (words, states)."""
+        return self.product(self.law.cumulative(t), self.words, self.states)
+
+    def x0_law(self, x: np.ndarray, t: int) -> np.ndarray:
+        """The p̃ (N, L, D) that is exact: a letter's law given the other letters of x_t, and at t = 1 given x_t itself."""
+        Q = self.law.cumulative(1 if self.law.name == "absorbing" else t)  # where letters are masked, no matter when
+        chances = np.stack([Q[self.words[:, i]][:, x[:, i]] for i in range(self.L)])  # (L, words, N)
+        out = np.zeros((len(x), self.L, self.D))
+        for i in range(self.L):
+            others = chances.prod(axis=0) if t == 1 else np.delete(chances, i, axis=0).prod(axis=0)
+            for k in range(self.D):
+                out[:, i, k] = (self.p[:, None] * others)[self.words[:, i] == k].sum(axis=0)
+        return shares(out)
+
+    def model(self, x: Any, t: Any) -> np.ndarray:
+        """The perfect network: logits (N, L, D)."""
+        out = np.empty((*x.shape, self.D))
+        for time in np.unique(t):
+            out[t == time] = self.x0_law(x[t == time], int(time))
+        with np.errstate(divide="ignore"):
+            return np.log(out)
+
+    def reverse(self, t: int, s: int, model: Any = None) -> np.ndarray:
+        """p_θ(x_s|x_t), (states, states), by its definition."""
+        if model is None:
+            p = self.x0_law(self.states, t)
+        else:
+            p = shares(np.exp(model(self.states, np.full(len(self.states), float(t)))))
+        to, step = self.law.cumulative(s)[: self.D], self.law.between(s, t)
+        onto = step.T[self.states]  # q(x_t|x_s = ·), (states, L, K)
+        w = shares((p @ to) * (onto > 0 if t == 1 else onto))
+        return np.stack([w[:, i, self.states[:, i]] for i in range(self.L)]).prod(axis=0)
+
+    def chain(self, grid: Any, start: np.ndarray, model: Any = None) -> np.ndarray:
+        """The law of the words (Dᴸ,) where the reverse chain over the ascending times ``grid`` ends, from x_T ~ start (Kᴸ,)."""
+        times = [0, *grid]
+        for t, s in zip(times[:0:-1], times[-2::-1], strict=True):
+            start = start @ self.reverse(t, s, model)
+        return start[np.ravel_multi_index(tuple(self.words.T), (self.law.K,) * self.L)]
+
+    def prior(self) -> np.ndarray:
+        """The law of x_T (Kᴸ,) from which samplers start."""
+        return self.law.prior[self.states].prod(axis=1)
+
+
+@pytest.fixture(scope="session")
+def words() -> type[Words]:
+    return Words
+
+
 @pytest.fixture(scope="session")
 def three_states() -> ThreeStates:
     return ThreeStates()
