@@ -68,7 +68,7 @@ def arguments(name: str, case: dict[str, Any], dtype: Any, made: bool) -> tuple[
 
 def errors(name: str, case: dict[str, Any]) -> tuple[float | None, float | None]:
     """Relative L2 errors of our float32 kernel and of torch's float32 against the definition in float64."""
-    if name == "normals":  # bit-defined: the definition is float32 itself
+    if TABLE[name].bits:  # the definition is float32 itself
         return None, None
     args, kwargs = arguments(name, case, np.float64, made=False)
     truth = outputs(name, getattr(reference, name)(*args, **kwargs), args)

@@ -70,6 +70,56 @@ def step(
     return y
 
 
+def categorical(
+    log_weights: Tensor, seed: int, step: int = 0, stream: int = 0, first_sample: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """States drawn by PyTorch's own generator, as in the kernels that follow."""
+    return _multinomial(log_weights.softmax(-1))
+
+
+def _multinomial(weights: Tensor) -> Tensor:
+    return torch.multinomial(weights.flatten(0, -2), 1).to(torch.int32).view(weights.shape[:-1])
+
+
+def categorical_posterior(
+    logits: Tensor,
+    x_t: Tensor,
+    rows: Tensor,
+    index: int,
+    mask: int = -1,
+    seed: int = 0,
+    step: int | None = None,
+    stream: int = 0,
+    first_sample: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The mask is the state after the last column of the logits, as in the registry's cases."""
+    keep, spread, c, d = rows[index].tolist()
+    p = logits.softmax(-1)
+    if mask >= 0:
+        weights = torch.cat((c * p, p.new_full((*p.shape[:-1], 1), d)), dim=-1)
+        return torch.where(x_t == mask, _multinomial(weights), x_t)
+    weights = spread * (c * p + d)
+    here = x_t[..., None].long()
+    return _multinomial(weights.scatter_add(-1, here, keep * (c * p.gather(-1, here) + d)))
+
+
+def categorical_q_sample(
+    x0: Tensor,
+    t: Tensor,
+    keep: Tensor,
+    states: int,
+    mask: int = -1,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 1,
+    first_sample: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    stays = torch.rand(x0.shape, device=x0.device) < keep[t].float().view((-1,) + (1,) * (x0.ndim - 1))
+    return torch.where(stays, x0, mask if mask >= 0 else torch.randint_like(x0, states))
+
+
 def _first(x: Tensor) -> Tensor:
     """(B, ..., C) as (B, C, ...), a view."""
     return x.movedim(-1, 1)
@@ -127,7 +177,13 @@ def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False
             torch._functorch.config.donated_buffer = False  # the graph is gone through more than once
             graph = _graph(torch.compile(graph.f, dynamic=False), graph.leaves, graph.dy)
         return lambda: graph.gradients(keep=True)
-    op = {"group_norm_silu": _normed, "attention": _attended, "sum_squares": torch.linalg.vector_norm}.get(name, op)
+    bare = {
+        "group_norm_silu": _normed,
+        "layer_norm": _layer_normed,
+        "attention": _attended,
+        "sum_squares": torch.linalg.vector_norm,
+    }
+    op = bare.get(name, op)
     if name == "step":
         op, args = _stepped, (*args[:2], args[2][args[3]].tolist())
     if compiled:
@@ -297,6 +353,70 @@ def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, l
     return _graph(lambda q, k, v: _attended(q, k, v, scale), (q, k, v), do)
 
 
+def silu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.silu(x)
+
+
+@_gradient(1)
+def silu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Graph:
+    return _graph(F.silu, (x,), dy)
+
+
+def _layer_normed(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    y = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    return y if scale is None or shift is None else y * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(dim=-1)
+    var = (x - mean[..., None]).square().mean(dim=-1)
+    return _layer_normed(x, gamma, beta, eps, scale, shift), mean, torch.rsqrt(var + eps)
+
+
+@_gradient(5)
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Graph:
+    """The statistics are made again from x, with ``eps``; the gradients do not depend on the shift."""
+    if scale is None:
+        return _graph(lambda x, gamma, beta: _layer_normed(x, gamma, beta, eps), (x, gamma, beta), dy)
+    leaves = (x, gamma, beta, scale, torch.zeros_like(scale))
+    return _graph(lambda x, gamma, beta, scale, shift: _layer_normed(x, gamma, beta, eps, scale, shift), leaves, dy)
+
+
+def add_gated(x: Tensor, h: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addcmul(x, gate[:, None], h)
+
+
+@_gradient(2)
+def add_gated_backward(dy: Tensor, h: Tensor, gate: Tensor, out: Tensor | None = None) -> Graph:
+    return _graph(lambda h, gate: gate[:, None] * h, (h, gate), dy)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+
 def sum_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64).square().reshape(1)
 
@@ -339,6 +459,16 @@ OPS: dict[str, Callable[..., Any]] = {
         conv2d_backward_weight,
         attention,
         attention_backward,
+        categorical,
+        categorical_posterior,
+        categorical_q_sample,
+        silu,
+        silu_backward,
+        layer_norm,
+        layer_norm_backward,
+        add_gated,
+        add_gated_backward,
+        rotary,
         sum_squares,
         adamw_ema,
     )

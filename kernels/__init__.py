@@ -19,6 +19,16 @@ conv2d_backward_input = kernel("conv2d_backward_input")
 conv2d_backward_weight = kernel("conv2d_backward_weight")
 attention = kernel("attention")
 attention_backward = kernel("attention_backward")
+categorical = kernel("categorical")
+categorical_posterior = kernel("categorical_posterior")
+categorical_q_sample = kernel("categorical_q_sample")
+silu = kernel("silu")
+silu_backward = kernel("silu_backward")
+layer_norm = kernel("layer_norm")
+layer_norm_backward = kernel("layer_norm_backward")
+add_gated = kernel("add_gated")
+add_gated_backward = kernel("add_gated_backward")
+rotary = kernel("rotary")
 sum_squares = kernel("sum_squares")
 adamw_ema = kernel("adamw_ema")
 
@@ -27,17 +37,27 @@ __all__ = [
     "Kernel",
     "Pool",
     "adamw_ema",
+    "add_gated",
+    "add_gated_backward",
     "attention",
     "attention_backward",
     "backend_for",
+    "categorical",
+    "categorical_posterior",
+    "categorical_q_sample",
     "conv2d",
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "group_norm_silu",
     "group_norm_silu_backward",
     "kernel",
+    "layer_norm",
+    "layer_norm_backward",
     "normals",
     "q_sample",
+    "rotary",
+    "silu",
+    "silu_backward",
     "step",
     "streams",
     "sum_squares",

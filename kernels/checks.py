@@ -47,6 +47,40 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}), not {value}")
 
 
+def _states(name: str, a: Any, shape: tuple[int, ...], like: str, largest: int) -> None:
+    """``a`` holds integers 0..largest and has ``shape``; values on a GPU are not looked at."""
+    _array(name, a, float_=False)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {a.dtype}")
+    if a.shape != shape:
+        raise ValueError(f"{name} has shape {a.shape}, want {shape} to go with {like}")
+    if array_module(a) is np and a.size and not (0 <= a.min() and a.max() <= largest):
+        raise ValueError(f"{name} must be in 0..{largest}, not {a.min()}..{a.max()}")
+
+
+def _drawn(out: Any, shape: tuple[int, ...], like: str, b: Array) -> None:
+    """``out`` can take the states drawn: int32 of this shape, of the library of ``b``."""
+    if out is None:
+        return
+    _array("out", out, float_=False)
+    if out.dtype != np.int32:
+        raise TypeError(f"out must be int32, not {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, want {shape} to go with {like}")
+    if array_module(out) is not array_module(b):
+        raise TypeError(f"out and {like} are arrays of different libraries")
+
+
+def _logits(name: str, a: Any) -> None:
+    _array(name, a)
+    if a.ndim < 2 or a.shape[-1] < 1 or a.shape[-1] >= 2**24:
+        raise ValueError(f"{name} must be (B, ..., K) with K in 1..2^24 - 1, not shape {a.shape}")
+
+
+def _mask(mask: Any) -> None:
+    _integer("mask", mask, -(2**31), 2**31)
+
+
 def counter(seed: Any, step: Any, stream: Any, first_sample: Any) -> None:
     """The key and the counter words of the generator."""
     _integer("seed", seed, 0, 2**64)
@@ -254,6 +288,124 @@ def attention_backward(do: Array, q: Array, k: Array, v: Array, o: Array, lse: A
     _same("o", o, "q", q)
     _same("do", do, "q", q)
     _same("lse", lse, "q", q, (q.shape[0], q.shape[2], q.shape[1]))
+
+
+def categorical(log_weights: Array, seed: int, step: int, stream: int, first_sample: int, out: Any) -> None:
+    _logits("log_weights", log_weights)
+    _drawn(out, log_weights.shape[:-1], "log_weights", log_weights)
+    counter(seed, step, stream, first_sample)
+
+
+def categorical_posterior(
+    logits: Array,
+    x_t: Array,
+    rows: Array,
+    index: int,
+    mask: int,
+    seed: int,
+    step: Any,
+    stream: int,
+    first_sample: int,
+    out: Any,
+) -> None:
+    _logits("logits", logits)
+    _mask(mask)
+    _states("x_t", x_t, logits.shape[:-1], "logits", max(logits.shape[-1] - 1, int(mask)))
+    if array_module(x_t) is not array_module(logits):
+        raise TypeError("x_t and logits are arrays of different libraries")
+    _array("rows", rows, 2)
+    if rows.shape[1] != 4:
+        raise ValueError(f"rows must have 4 columns (keep, spread, C, D), not {rows.shape[1]}")
+    _integer("index", index, 0, rows.shape[0])
+    if array_module(rows) is np and not all(0 <= k < np.inf for k in rows[index]):
+        raise ValueError(f"rows must be finite and at least 0, not {rows[index].tolist()} at {index}")
+    _drawn(out, x_t.shape, "x_t", logits)
+    counter(seed, index if step is None else step, stream, first_sample)
+
+
+def categorical_q_sample(
+    x0: Array,
+    t: Array,
+    keep: Array,
+    states: int,
+    mask: int,
+    seed: int,
+    step: int,
+    stream: int,
+    first_sample: int,
+    out: Any,
+) -> None:
+    _array("x0", x0, float_=False)
+    if x0.ndim < 1:
+        raise ValueError("x0 must have a batch axis, not shape ()")
+    _mask(mask)
+    _integer("states", states, 1, 2**31)
+    _states("x0", x0, x0.shape, "x0", max(int(states) - 1, int(mask)))
+    _array("keep", keep, 1)
+    _states("t", t, x0.shape[:1], "x0", keep.shape[0] - 1)
+    _drawn(out, x0.shape, "x0", x0)
+    counter(seed, step, stream, first_sample)
+
+
+def silu(x: Array, out: Any) -> None:
+    _array("x", x)
+    _optional("out", out, "x", x)
+
+
+def silu_backward(dy: Array, x: Array, out: Any) -> None:
+    _array("x", x)
+    _same("dy", dy, "x", x)
+    _optional("out", out, "x", x)
+
+
+def _tokens(name: str, x: Array) -> None:
+    _array(name, x, 3)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be (B, T, C) with T and C at least 1, not shape {x.shape}")
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float, scale: Any, shift: Any, out: Any) -> None:
+    _tokens("x", x)
+    batch, _, channels = x.shape
+    _same("gamma", gamma, "x", x, (channels,))
+    _same("beta", beta, "x", x, (channels,))
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, not {eps}")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together or not at all")
+    _optional("scale", scale, "x", x, (batch, channels))
+    _optional("shift", shift, "x", x, (batch, channels))
+    _optional("out", out, "x", x)
+
+
+def layer_norm_backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, scale: Any, out: Any) -> None:
+    layer_norm(x, gamma, beta, 1.0, scale, scale, out)
+    _same("dy", dy, "x", x)
+    _same("mean", mean, "x", x, x.shape[:2])
+    _same("rstd", rstd, "x", x, x.shape[:2])
+
+
+def add_gated(x: Array, h: Array, gate: Array, out: Any) -> None:
+    _tokens("x", x)
+    _same("h", h, "x", x)
+    _same("gate", gate, "x", x, (x.shape[0], x.shape[2]))
+    _optional("out", out, "x", x)
+
+
+def add_gated_backward(dy: Array, h: Array, gate: Array, out: Any) -> None:
+    _tokens("dy", dy)
+    _same("h", h, "dy", dy)
+    _same("gate", gate, "dy", dy, (dy.shape[0], dy.shape[2]))
+    _optional("out", out, "dy", dy)
+
+
+def rotary(x: Array, cos: Array, sin: Array, out: Any) -> None:
+    _array("x", x, 4)
+    if x.shape[3] % 2 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (B, T, heads, d) with T, heads and d at least 1 and d even, not shape {x.shape}")
+    _same("cos", cos, "x", x, (x.shape[1], x.shape[3] // 2))
+    _same("sin", sin, "x", x, (x.shape[1], x.shape[3] // 2))
+    _optional("out", out, "x", x)
 
 
 def sum_squares(x: Array) -> None:

@@ -40,7 +40,13 @@ _WRITTEN = {"adamw_ema": ("param", "m", "v", "ema")}
 _RESULTS = ("out", "store", "eps_out")
 _SEQUENCES = ("history", "pad", "input_shape", "clip")  # tuples, which a caller may give as lists
 # Coefficient tables (rows, signal and noise levels) and Σ grad² may be float64 beside float32 data.
-_TABLES = {"q_sample": frozenset(("signal", "noise")), "step": frozenset(("rows",)), "adamw_ema": frozenset(("norm_sq",))}
+_TABLES = {
+    "q_sample": frozenset(("signal", "noise")),
+    "step": frozenset(("rows",)),
+    "adamw_ema": frozenset(("norm_sq",)),
+    "categorical_posterior": frozenset(("rows",)),
+    "categorical_q_sample": frozenset(("keep",)),
+}
 _DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
 _SCALARS = frozenset((int, float, bool, type(None)))
 _PLAIN = _SCALARS | {np.ndarray, tuple}  # types that need no question about DLPack
@@ -59,8 +65,8 @@ def backend_for(name: str, bound: dict[str, Any]) -> str:
         if type(v) in _SCALARS or k in tables:
             continue
         for a in v if type(v) is tuple else (v,):
-            if is_native(a) and a.dtype.kind == "f":
-                if a.dtype not in dtypes:
+            if is_native(a):
+                if a.dtype.kind == "f" and a.dtype not in dtypes:
                     return "reference"
                 first = a if first is None else first
     if first is None:

@@ -31,6 +31,7 @@ class Kernel:
     moved: Callable[[Case], int]  # bytes read and written in float32, each operand once
     flops: Callable[[Case], int]  # multiplications and additions
     dtypes: tuple[str, ...] = ("float32",)  # what cpu and gpu take; anything else goes to the reference
+    bits: bool = False  # the float32 result is defined bit by bit
 
 
 def _n(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -214,6 +215,58 @@ def _attention_flops(products: int) -> Callable[[Case], int]:
     return lambda case: 2 * products * case["shape"][0] * case["shape"][1] ** 2 * case["shape"][2] * case["shape"][3]
 
 
+# -- tokens
+
+TOKENS: tuple[Case, ...] = (
+    {"shape": (2, 5, 12)},
+    {"shape": (3, 70, 32), "modulated": True},
+    {"shape": (1, 1, 6), "modulated": True},
+    {"shape": (2, 3, 37)},
+    {"shape": (0, 4, 8)},
+    {"shape": (2, 33, 130), "modulated": True},
+)
+BIG_TOKENS: tuple[Case, ...] = ({"shape": (64, 128, 256), "modulated": True}, {"shape": (16, 256, 512), "modulated": True})
+ACTIVATIONS = ({"shape": (1,)}, {"shape": (3, 7, 11)}, {"shape": (0, 4)}, {"shape": (2, 20, 1024)})
+BIG_ACTIVATIONS = ({"shape": (64, 128, 1024)}, {"shape": (16, 256, 2048)})
+HEADS = ({"shape": (2, 5, 3, 8)}, {"shape": (1, 1, 1, 2)}, {"shape": (0, 4, 2, 4)}, {"shape": (3, 40, 2, 32)})
+BIG_HEADS = ({"shape": (64, 128, 8, 32)}, {"shape": (16, 256, 8, 64)})
+
+
+def _make_silu(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (3 * _n(rng, case["shape"], dtype),), {}
+
+
+def _make_silu_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    return (_n(rng, case["shape"], dtype), 3 * _n(rng, case["shape"], dtype)), {}
+
+
+def _make_layer_norm(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    batch, _, channels = shape = case["shape"]
+    x = 2 * _n(rng, shape, dtype) + dtype(0.5)
+    args = (x, 1 + _n(rng, (channels,), dtype) / 4, _n(rng, (channels,), dtype))
+    options: dict[str, Any] = {"eps": 1e-5}
+    if case.get("modulated"):
+        options |= {"scale": _n(rng, (batch, channels), dtype) / 4, "shift": _n(rng, (batch, channels), dtype)}
+    return args, options
+
+
+def _make_layer_norm_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (x, gamma, beta), options = _make_layer_norm(rng, case, dtype)
+    _, mean, rstd = reference.layer_norm(x, gamma, beta, **options)
+    return (_n(rng, case["shape"], dtype), x, gamma, beta, mean, rstd), {"scale": options.get("scale")}
+
+
+def _make_add_gated(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    shape = case["shape"]
+    return (_n(rng, shape, dtype), _n(rng, shape, dtype), _n(rng, (shape[0], shape[-1]), dtype)), {}
+
+
+def _make_rotary(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    _, tokens, _, d = case["shape"]
+    angle = rng.uniform(0, 100, (tokens, d // 2))
+    return (_n(rng, case["shape"], dtype), np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)), {}
+
+
 # -- optimiser
 
 FLATS = ({"shape": (1,)}, {"shape": (1000,)}, {"shape": (70001,)})
@@ -230,6 +283,54 @@ def _make_adamw(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     return (p, g, m / 10, v, ema, 1e-3, 0.9, 0.999, 1e-8, 0.01, 7, 0.99), {"norm_sq": reference.sum_squares(g), "max_norm": 1.0}
 
 
+# -- categorical draws: the last axis of a shape holds the weights
+
+
+CATEGORICALS: tuple[Case, ...] = (
+    {"shape": (2, 7, 3)},
+    {"shape": (3, 1)},
+    {"shape": (5, 2)},
+    {"shape": (0, 4, 5)},
+    {"shape": (2, 40, 27), "holes": 0.3},
+    {"shape": (1, 2060, 17)},
+    {"shape": (3, 300, 28), "holes": 0.95},
+    {"shape": (2, 5, 3, 3, 256)},
+    {"shape": (2, 21, 1000), "holes": 0.5},
+)
+BIG_CATEGORICALS: tuple[Case, ...] = ({"shape": (64, 128, 27)}, {"shape": (16, 32, 32, 3, 256)}, {"shape": (128, 64, 17)})
+_ABSORBING = {"law": "absorbing"}
+_POSTERIORS: tuple[Case, ...] = (*CATEGORICALS, *({**c, **_ABSORBING} for c in CATEGORICALS))
+
+
+def _make_categorical(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    weights = 3 * _n(rng, case["shape"], dtype)
+    if "holes" in case:  # weights that are zero, and rows without any other
+        weights[rng.random(case["shape"]) < case["holes"]] = -np.inf
+    return (weights, 2**40 + 7), {"step": 3, "stream": 2, "first_sample": 5}
+
+
+def _make_categorical_posterior(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (logits, seed), options = _make_categorical(rng, case, dtype)
+    *places, columns = case["shape"]
+    keep, now, before = 0.9, 0.3, 1 / 3
+    absorbing = case.get("law") == "absorbing"
+    x_t = rng.integers(0, columns + absorbing, places).astype(np.int32)
+    row = (0, 0, before - now, 1 - before) if absorbing else (keep, (1 - keep) / columns, before, (1 - before) / columns)
+    rows = np.array([(0, 0, 0, 0), row, (1, 0, 1, 0)])
+    return (logits, x_t, rows, 1), {"mask": columns if absorbing else -1, "seed": seed, **options}
+
+
+def _make_categorical_q_sample(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    *places, states = case["shape"]
+    x0 = rng.integers(0, states, places).astype(np.int32)
+    options = {"mask": states if case.get("law") == "absorbing" else -1, "seed": 11, "step": 4, "first_sample": 2}
+    return (x0, rng.integers(0, 101, places[0]), 1 - np.linspace(0, 1, 101) ** 2, states), options
+
+
+def _read_and_drawn(case: Case) -> int:
+    return 4 * (prod(case["shape"]) + prod(case["shape"][:-1]))
+
+
 def _per_element(count: int) -> Callable[[Case], int]:
     return lambda case: count * prod(case["shape"])
 
@@ -242,7 +343,7 @@ _STEP_BENCHES: tuple[Case, ...] = (
 )
 
 _KERNELS = (
-    Kernel("normals", ("S0-U2",), _make_normals, IMAGES, BIG_IMAGES, _per_element(4), _per_element(40)),
+    Kernel("normals", ("S0-U2",), _make_normals, IMAGES, BIG_IMAGES, _per_element(4), _per_element(40), bits=True),
     Kernel(
         "q_sample",
         ("S0-E18", "S0-U2", "S0-E39", "S0-E48", "S1-E7", "S4-E17"),
@@ -268,6 +369,43 @@ _KERNELS = (
     Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
     Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, _per_element(16), _attention_flops(2)),
     Kernel("attention_backward", (), _make_attention_backward, ATTENTIONS, BIG_ATTENTIONS, _per_element(32), _attention_flops(5)),
+    Kernel("silu", (), _make_silu, ACTIVATIONS, BIG_ACTIVATIONS, _per_element(8), _per_element(10)),
+    Kernel("silu_backward", (), _make_silu_backward, ACTIVATIONS, BIG_ACTIVATIONS, _per_element(12), _per_element(14)),
+    Kernel("layer_norm", (), _make_layer_norm, TOKENS, BIG_TOKENS, _per_element(8), _per_element(8)),
+    Kernel("layer_norm_backward", (), _make_layer_norm_backward, TOKENS, BIG_TOKENS, _per_element(12), _per_element(16)),
+    Kernel("add_gated", (), _make_add_gated, TOKENS, BIG_TOKENS, _per_element(12), _per_element(2)),
+    Kernel("add_gated_backward", (), _make_add_gated, TOKENS, BIG_TOKENS, _per_element(12), _per_element(3)),
+    Kernel("rotary", (), _make_rotary, HEADS, BIG_HEADS, _per_element(8), _per_element(3)),
+    Kernel(
+        "categorical",
+        ("S4-E24",),
+        _make_categorical,
+        CATEGORICALS,
+        BIG_CATEGORICALS,
+        _read_and_drawn,
+        _per_element(22),
+        bits=True,
+    ),
+    Kernel(
+        "categorical_posterior",
+        ("S4-E28",),
+        _make_categorical_posterior,
+        _POSTERIORS,
+        (*BIG_CATEGORICALS, *({**c, **_ABSORBING} for c in BIG_CATEGORICALS)),
+        _read_and_drawn,
+        _per_element(22),
+        bits=True,
+    ),
+    Kernel(
+        "categorical_q_sample",
+        ("S4-E26",),
+        _make_categorical_q_sample,
+        _POSTERIORS,
+        (*BIG_CATEGORICALS, *({**c, **_ABSORBING} for c in BIG_CATEGORICALS)),
+        lambda c: 8 * prod(c["shape"][:-1]),
+        lambda c: 2 * prod(c["shape"][:-1]),
+        bits=True,
+    ),
     Kernel("sum_squares", (), _make_flat, FLATS, BIG_FLATS, _per_element(4), _per_element(2)),
     Kernel("adamw_ema", (), _make_adamw, FLATS, BIG_FLATS, _per_element(36), _per_element(16)),
 )

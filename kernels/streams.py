@@ -1,7 +1,7 @@
 """The streams of the counter-based generator: one number for each use of randomness, so that no two uses share a counter.
 
 A random word is Philox4x32-10(counter = (block, sample, step, stream), key = seed); see
-:func:`alphabar.kernels.reference.philox`.
+:func:`alphabar.kernels.reference.philox`. A draw that takes two words for an element finds the second in stream + 2^31.
 """
 
 SAMPLER = 0  # z of a sampler step; step = row of the table, sample = global index of the sample

@@ -1,4 +1,4 @@
-"""Networks: the tape, the differentiable functions, layers, U-Net, MLP, classifier, derivatives, optimisers, checkpoints."""
+"""Networks: the tape, the differentiable functions, layers, U-Net, Transformer, MLP, classifiers, derivatives, optimisers."""
 
 from .autograd import Tensor, backward, no_grad
 from .checkpoint import CheckpointError
@@ -9,7 +9,10 @@ from .layers import ParameterStore, time_features
 from .mlp import MLP
 from .optim import AdamW, learning_rate
 from .products import jvp, vjp
+from .sequence_classifier import SequenceClassifier
+from .transformer import Transformer
 from .unet import UNet
+from .word_diffusion import WordDiffusion
 
 __all__ = [
     "MLP",
@@ -17,8 +20,11 @@ __all__ = [
     "CheckpointError",
     "Classifier",
     "ParameterStore",
+    "SequenceClassifier",
     "Tensor",
+    "Transformer",
     "UNet",
+    "WordDiffusion",
     "backward",
     "cross_entropy",
     "gradcheck",

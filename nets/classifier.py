@@ -12,17 +12,50 @@ import numpy as np
 from ..kernels import buffers
 from ..kernels.arrays import array_module, is_cupy, native, restore
 from . import functions as f
-from .autograd import Tensor, backward, fresh_tape, no_grad, record, recording
+from .autograd import Tensor, backward, fresh_tape, no_grad, record
+from .blocks import Level, Projections, ResBlock, dropout_of
 from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, GroupNorm, Linear, ParameterStore, TimeEmbedding
-from .unet import _Dropout, _Level, _Projections, _ResBlock
 from .unet_config import attention_levels, check, integers
 
 Array = Any
 FIXED = {"attention_up": None, "null_class": False, "freq_shift": 0.0, "time_dtype": "float64"}  # of the U-Net's settings
 
 
-class Classifier:
+class NoisyClassifier:
+    """What classifiers p(y|x_t) of noisy data share: a call gives the logits (B, classes)."""
+
+    config: dict[str, Any]
+    params: ParameterStore
+
+    def __call__(self, x: Array | Tensor, t: Array, step: int | None = None, first_sample: int = 0) -> Tensor:
+        """Logits (B, classes), recorded for a backward pass unless under ``no_grad``."""
+        raise NotImplementedError
+
+    def predict(self, x: Array, t: Array) -> Array:
+        """The logits as an array that is the caller's to keep, without a tape and without dropout.
+
+        Arguments as for a call; x may be of any library that speaks DLPack, and the answer is of the same kind.
+        """
+        with no_grad():
+            logits = self(native(x), native(t)).data.copy()
+        return restore(logits, x)
+
+    def log_prob_gradient(self, x: Array, t: Array, y: Any) -> Array:
+        """∇_x log p(y|x_t), of the shape of x, for guidance. Eq: S0-E33.
+
+        x and t as for :meth:`predict`; y (B,) labels or one. No gradient reaches the parameters.
+        """
+        state = native(x)
+        with fresh_tape():
+            start = Tensor(state, needs_grad=True)
+            logits = self(start, native(t))
+            p, chosen = _softmax(logits.data), _one_hot(y, logits.data)
+            backward((logits, chosen - p))
+        return restore(start.grad.copy(), x)
+
+
+class Classifier(NoisyClassifier):
     """Logits over classes for noisy NHWC images and their times. Eq: S0-C14, S3-C10.
 
     The options are those of :class:`~alphabar.nets.UNet`, and so are the names of the parameters that both have. ``middle``
@@ -82,7 +115,7 @@ class Classifier:
             raise ValueError(f"classes must be an integer of at least 2, not {classes}")
         self.config = config
         self.params = ParameterStore(seed, xp, dtype)
-        self.projections = _Projections()
+        self.projections = Projections()
         self._assemble()
         self.params.build()
 
@@ -90,26 +123,26 @@ class Classifier:
         c, store = self.config, self.params
         attended, width = attention_levels(c, "attention"), c["channels"][0]
 
-        def block(part: str, j: int, n_in: int, n_out: int, attention: bool) -> tuple[_ResBlock, Attention | None]:
-            res = _ResBlock(self, f"{part}.resnets.{j}", n_in, n_out)
+        def block(part: str, j: int, n_in: int, n_out: int, attention: bool) -> tuple[ResBlock, Attention | None]:
+            res = ResBlock(self, f"{part}.resnets.{j}", n_in, n_out)
             heads = 1 if c["head_dim"] is None else n_out // c["head_dim"]
             options = (n_out, heads, c["groups"], c["norm_eps"], c["zero_init"])
             return res, Attention(store, f"{part}.attentions.{j}", *options) if attention else None
 
         self.time = TimeEmbedding(store, "time_embedding", width, c["embedding_size"], origin=c["time_origin"])
         self.conv_in = Conv2d(store, "conv_in", c["in_channels"], width)
-        self.down: list[_Level] = []
+        self.down: list[Level] = []
         for i, n in enumerate(c["channels"]):
             part = f"down_blocks.{i}"
             pairs = [block(part, j, n if j else width, n, attended[i]) for j in range(c["blocks"])]
             last = i == len(c["channels"]) - 1
             pad = tuple(c["downsample_pad"])
             resize = None if last else Conv2d(store, f"{part}.downsamplers.0.conv", n, n, stride=2, pad=pad)
-            self.down.append(_Level(pairs, resize))
+            self.down.append(Level(pairs, resize))
             width = n
         places = range(0 if c["middle"] == "none" else 2)
         pairs = [block("mid_block", j, width, width, j == 0 and c["middle"] == "attention") for j in places]
-        self.down.append(_Level(pairs, None))
+        self.down.append(Level(pairs, None))
         self.norm_out = GroupNorm(store, "norm_out", width, c["groups"], c["norm_eps"])
         self.head = Linear(store, "head", width, c["classes"], zero=c["zero_init"])
         self.projection = Linear(store, "time_emb_proj", c["embedding_size"], self.projections.width)
@@ -123,12 +156,7 @@ class Classifier:
         """
         x = x if isinstance(x, Tensor) else Tensor(x)
         check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
-        drop = None
-        if self.config["dropout"]:
-            if step is not None:
-                drop = _Dropout(self.config["dropout"], self.config["seed"], step, first_sample)
-            elif recording() and self.conv_in.weight.needs_grad:
-                raise ValueError("a network with dropout needs step=, the training step; evaluate it by predict or under no_grad")
+        drop = dropout_of(self, step, first_sample)
         emb = self.projection(f.silu(self.time(check_times(t, x.shape[0], self.params.xp))))
         h = self.conv_in(x)
         for level in self.down:
@@ -138,28 +166,6 @@ class Classifier:
             if level.resize is not None:
                 h = level.resize(h)
         return self.head(mean_places(self.norm_out(h)))
-
-    def predict(self, x: Array, t: Array) -> Array:
-        """The logits as an array that is the caller's to keep, without a tape and without dropout.
-
-        Arguments as for a call; x may be of any library that speaks DLPack, and the answer is of the same kind.
-        """
-        with no_grad():
-            logits = self(native(x), native(t)).data.copy()
-        return restore(logits, x)
-
-    def log_prob_gradient(self, x: Array, t: Array, y: Any) -> Array:
-        """∇_x log p(y|x_t) (B, H, W, in_channels), for guidance. Eq: S0-E33.
-
-        x and t as for :meth:`predict`; y (B,) labels or one. No gradient reaches the parameters.
-        """
-        state = native(x)
-        with fresh_tape():
-            start = Tensor(state, needs_grad=True)
-            logits = self(start, native(t))
-            p, chosen = _softmax(logits.data), _one_hot(y, logits.data)
-            backward((logits, chosen - p))
-        return restore(start.grad.copy(), x)
 
 
 def mean_places(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Gradients carry a ``d``: dy is ∂L/∂y. A function's ``pull(dy)`` gives its in
 Where an input carries a tangent, ``push()`` makes the output's, ẏ = J·ẋ, from recorded functions: the tangent has a gradient too.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from statistics import NormalDist
@@ -48,14 +49,14 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, upsam
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """y = x w + b; x (B, in), w (in, out), b (out,). The product is the 1×1 convolution of a 1×1 image."""
-    image, matrix = (x.shape[0], 1, 1, x.shape[1]), (1, 1, *w.shape)
+    """y = x w + b; x (…, in), w (in, out), b (out,). The product is the 1×1 convolution of images of one pixel."""
+    image, matrix = (prod(x.shape[:-1]), 1, 1, x.shape[-1]), (1, 1, *w.shape)
     bias = None if b is None else b.data
-    y = kernels.conv2d(x.data.reshape(image), w.data.reshape(matrix), bias).reshape(x.shape[0], w.shape[1])
+    y = kernels.conv2d(x.data.reshape(image), w.data.reshape(matrix), bias).reshape(*x.shape[:-1], w.shape[1])
 
-    # dw = xᵀ dy, db = Σ_B dy, dx = dy wᵀ
+    # dw = xᵀ dy, db = Σ dy, dx = dy wᵀ
     def pull(dy: Array) -> None:
-        dy = dy.reshape(x.shape[0], 1, 1, w.shape[1])
+        dy = dy.reshape(*image[:3], w.shape[1])
         if w.needs_grad or (b is not None and b.needs_grad):
             dw, db = kernels.conv2d_backward_weight(x.data.reshape(image), dy, 1)
             w.receive(dw.reshape(w.shape))
@@ -78,16 +79,15 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """y = x·σ(x), any shape."""
-    s = tangents.sigmoid(x.data)
 
     # σ' = σ(1 − σ), so dy/dx = σ + x·σ(1 − σ) = σ·(1 + x·(1 − σ))
     def pull(dy: Array) -> None:
-        x.receive(dy * (s * (1 + x.data * (1 - s))))
+        x.receive(kernels.silu_backward(dy, x.data))
 
     def push() -> Tensor:
         return tangents.silu_tangent(x, total(x.tangent))
 
-    return record(x.data * s, (x,), pull, push)
+    return record(kernels.silu(x.data), (x,), pull, push)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -130,24 +130,34 @@ def group_norm_silu(
             emb.receive(dscale, at=(slice(None), slice(at, at + channels)))
             emb.receive(dshift, at=(slice(None), slice(at + channels, at + 2 * channels)))
 
-    # ṅ = x̂'·γ + (x̂·γ̇ + β̇), v̇ = ṅ·(1 + scale) + (n·ṡcale + ṡhift), ẏ = silu'(v)·v̇
+    # ẏ = silu'(v)·v̇
     def push() -> Tensor:
-        of_x = of_affine = of_emb = None
-        if x.tangent is not None:
-            of_x = tangents.scale_columns(tangents.normalised_tangent(x, x.tangent, groups, mean, rstd), gamma)
-        if gamma.tangent is not None or beta.tangent is not None:
-            of_affine = group_norm_silu(x, zero_or(gamma.tangent, gamma), zero_or(beta.tangent, beta), groups, eps, False)
-        dot = None if of_x is None and of_affine is None else total(of_x, of_affine)
-        if emb is not None:
-            if dot is not None:
-                dot = total(dot, tangents.scale_columns(dot, emb, at))
-            if emb.tangent is not None:
-                n = group_norm_silu(x, gamma, beta, groups, eps, False)
-                of_emb = add_columns(tangents.scale_columns(n, emb.tangent, at), emb.tangent, at + channels)
-        dot = total(dot, of_emb)
+        hat = None if x.tangent is None else tangents.normalised_tangent(x, x.tangent, groups, mean, rstd)
+        dot = modulated_tangent(lambda g, b: group_norm_silu(x, g, b, groups, eps, False), hat, gamma, beta, emb, at)
         return tangents.silu_tangent(group_norm_silu(x, gamma, beta, groups, eps, False, emb, at), dot) if silu else dot
 
     return record(y, (x, gamma, beta) if emb is None else (x, gamma, beta, emb), pull, push)
+
+
+def modulated_tangent(
+    norm: Callable[[Tensor, Tensor], Tensor], hat: Tensor | None, gamma: Tensor, beta: Tensor, emb: Tensor | None, at: int
+) -> Tensor:
+    """v̇ of v = n·(1 + scale) + shift, n = x̂·γ + β = ``norm(γ, β)``, from ``hat`` = x̂' and the tangents of γ, β and emb."""
+    of_x = of_affine = of_emb = None
+    # ṅ = x̂'·γ + (x̂·γ̇ + β̇)
+    if hat is not None:
+        of_x = tangents.scale_columns(hat, gamma)
+    if gamma.tangent is not None or beta.tangent is not None:
+        of_affine = norm(zero_or(gamma.tangent, gamma), zero_or(beta.tangent, beta))
+    dot = None if of_x is None and of_affine is None else total(of_x, of_affine)
+    # v̇ = ṅ·(1 + scale) + (n·ṡcale + ṡhift)
+    if emb is not None:
+        if dot is not None:
+            dot = total(dot, tangents.scale_columns(dot, emb, at))
+        if emb.tangent is not None:
+            of_emb = tangents.scale_columns(norm(gamma, beta), emb.tangent, at)
+            of_emb = add_columns(of_emb, emb.tangent, at + gamma.shape[0])
+    return total(dot, of_emb)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -243,13 +253,13 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
 
 
 def embedding(table: Tensor, index: Array) -> Tensor:
-    """y[b] = table[index[b]]; table (rows, E), index (B,) integers of the same array library."""
+    """y[b, …] = table[index[b, …]]; table (rows, E), index (B, …) integers of the same array library."""
     xp = array_module(table.data)
 
     # d table[r] = Σ_{b: index[b] = r} dy[b] = onehotᵀ dy: a product, since a scatter by atomics would not repeat bit for bit
     def pull(dy: Array) -> None:
-        onehot = (index[:, None] == xp.arange(table.shape[0])).astype(dy.dtype)
-        dw, _ = kernels.conv2d_backward_weight(onehot[:, None, None], dy[:, None, None], 1)
+        onehot = (index.reshape(-1, 1) == xp.arange(table.shape[0])).astype(dy.dtype)
+        dw, _ = kernels.conv2d_backward_weight(onehot[:, None, None], dy.reshape(-1, 1, 1, table.shape[1]), 1)
         table.receive(dw[0, 0])
 
     def push() -> Tensor:

@@ -1,5 +1,6 @@
 """What networks ask of their arguments."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,3 +32,36 @@ def check_times(t: Any, batch: int, xp: Any) -> Array:
     if t.shape not in ((), (batch,)):
         raise ValueError(f"t must have shape ({batch},), not {t.shape}")
     return xp.broadcast_to(xp.asarray(t, "float64"), (batch,))
+
+
+def check_labels(y: Any, batch: int, classes: int, null_class: bool, xp: Any) -> Array:
+    """y (B,) labels, or None for the null class, as integers of ``xp``; TypeError or ValueError where they do not fit."""
+    if y is None:
+        if not null_class:
+            raise ValueError(f"y must be given, labels in 0..{classes - 1}: the network has no null class")
+        return xp.full(batch, classes)
+    return check_integers("y", y, (batch,), classes + null_class, xp)
+
+
+def check_integers(name: str, a: Any, shape: tuple[int | str, ...], count: int, xp: Any) -> Array:
+    """``a`` (named) as integers of ``xp``, each in 0..count-1; TypeError or ValueError where they do not fit.
+
+    shape: an axis of any size is given as a letter.
+    """
+    a = a if is_cupy(a) else np.asarray(a)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {a.dtype}")
+    if a.ndim != len(shape) or any(n != want and isinstance(want, int) for n, want in zip(a.shape, shape, strict=True)):
+        raise ValueError(f"{name} must have shape {str(shape).replace(chr(39), '')}, not {a.shape}")
+    if isinstance(a, np.ndarray) and a.size and not (0 <= a.min() and a.max() < count):  # values on a GPU are not waited for
+        raise ValueError(f"{name} must be in 0..{count - 1}, not {a.min()}..{a.max()}")
+    return xp.asarray(a)
+
+
+def check_sizes(sizes: Mapping[str, Any], low: int = 1) -> None:
+    """TypeError or ValueError unless all values are integers of at least ``low``."""
+    for name, n in sizes.items():
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+            raise TypeError(f"{name} must be an integer, not {n!r}")
+        if n < low:
+            raise ValueError(f"{name} must be at least {low}, not {n}")

@@ -1,7 +1,8 @@
 """Layers: parameters and the function that uses them. All parameters of a network are views into one flat buffer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod, sqrt
 from typing import Any
 
@@ -11,6 +12,7 @@ from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module
 from . import functions as f
+from . import token_functions
 from .autograd import Tensor
 
 Array = Any
@@ -141,7 +143,7 @@ def _glorot(fan_in: int, fan_out: int) -> float:
 
 
 class Linear:
-    """y = x w + b; x (B, n_in). ``zero`` starts it at zero."""
+    """y = x w + b; x (…, n_in). ``zero`` starts it at zero."""
 
     def __init__(self, store: ParameterStore, name: str, n_in: int, n_out: int, zero: bool = False) -> None:
         self.weight = store.declare(f"{name}.weight", (n_in, n_out), 0.0 if zero else _glorot(n_in, n_out))
@@ -187,31 +189,63 @@ class GroupNorm:
         return f.group_norm_silu(x, self.gamma, self.beta, self.groups, self.eps, self.silu, emb, at)
 
 
-class Attention:
-    """x + out(attention(q(n), k(n), v(n))), n = the normalised x: self-attention over all places of an image.
+class SelfAttention:
+    """out(attention(turn(q(x)), turn(k(x)), v(x))) over all places of x (B, …, channels).
 
-    ``groups`` None leaves the normalisation out.
+    ``linear(store, name, n_in, n_out, zero=…)`` makes the four linear maps. ``turn`` tells queries and keys their places.
     """
+
+    def __init__(
+        self,
+        store: ParameterStore,
+        name: str,
+        channels: int,
+        heads: int,
+        linear: Callable[..., Any],
+        turn: Callable[[Tensor, int], Tensor] | None = None,
+        zero: bool = False,
+    ) -> None:
+        self.heads, self.turn = heads, turn
+        self.query, self.key, self.value = (linear(store, f"{name}.to_{z}", channels, channels) for z in "qkv")
+        self.out = linear(store, f"{name}.to_out.0", channels, channels, zero=zero)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.turn is not None:
+            q, k = self.turn(q, self.heads), self.turn(k, self.heads)
+        return self.out(f.attention(q, k, v, self.heads))
+
+
+class Attention:
+    """x + self-attention over all places of an image, of the normalised x; ``groups`` None leaves the normalisation out."""
 
     def __init__(
         self, store: ParameterStore, name: str, channels: int, heads: int, groups: int | None, eps: float, zero: bool = False
     ) -> None:
-        self.heads = heads
         self.norm = None if groups is None else GroupNorm(store, f"{name}.group_norm", channels, groups, eps, silu=False)
-        self.query, self.key, self.value = (Conv2d(store, f"{name}.to_{z}", channels, channels, kernel=1) for z in "qkv")
-        self.out = Conv2d(store, f"{name}.to_out.0", channels, channels, kernel=1, zero=zero)
+        self.attend = SelfAttention(store, name, channels, heads, partial(Conv2d, kernel=1), zero=zero)
 
     def __call__(self, x: Tensor) -> Tensor:
-        n = x if self.norm is None else self.norm(x)
-        h = f.attention(self.query(n), self.key(n), self.value(n), self.heads)
-        return f.add(x, self.out(h), inplace=True)
+        return f.add(x, self.attend(x if self.norm is None else self.norm(x)), inplace=True)
+
+
+class LayerNorm:
+    """Normalisation of each token over its features; scale and shift come from columns of ``emb``."""
+
+    def __init__(self, store: ParameterStore, name: str, channels: int, eps: float = 1e-5) -> None:
+        self.gamma = store.declare(f"{name}.weight", (channels,), mean=1.0)
+        self.beta = store.declare(f"{name}.bias", (channels,))
+        self.eps = eps
+
+    def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0) -> Tensor:
+        return token_functions.layer_norm(x, self.gamma, self.beta, self.eps, emb, at)
 
 
 class Embedding:
-    """One learned vector for each of ``rows`` labels."""
+    """One learned vector for each of ``rows`` labels or states; ``std`` of its initial entries."""
 
-    def __init__(self, store: ParameterStore, name: str, rows: int, size: int) -> None:
-        self.table = store.declare(f"{name}.weight", (rows, size), 1.0)
+    def __init__(self, store: ParameterStore, name: str, rows: int, size: int, std: float = 1.0) -> None:
+        self.table = store.declare(f"{name}.weight", (rows, size), std)
 
     def __call__(self, index: Array) -> Tensor:
         return f.embedding(self.table, index)

@@ -9,7 +9,7 @@ import numpy as np
 from ..kernels.arrays import native, restore
 from . import functions as f
 from .autograd import Tensor, no_grad
-from .inputs import check_input, check_times
+from .inputs import check_input, check_sizes, check_times
 from .layers import Linear, ParameterStore, time_features
 from .unet_config import integers
 
@@ -20,12 +20,7 @@ ACTIVATIONS = {"silu": f.silu, "tanh": f.tanh}
 def _check(c: dict[str, Any]) -> None:
     """Raise TypeError or ValueError for a configuration that makes no network."""
     sizes = {k: c[k] for k in ("features_in", "features_out", "time_channels")}
-    sizes |= {f"hidden[{i}]": n for i, n in enumerate(c["hidden"])}
-    for key, n in sizes.items():
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-            raise TypeError(f"{key} must be an integer, not {n!r}")
-        if n < 1:
-            raise ValueError(f"{key} must be at least 1, not {n}")
+    check_sizes(sizes | {f"hidden[{i}]": n for i, n in enumerate(c["hidden"])})
     if isinstance(c["seed"], bool) or not isinstance(c["seed"], (int, np.integer)):
         raise TypeError(f"seed must be an integer, not {c['seed']!r}")
     if c["time_channels"] % 2:

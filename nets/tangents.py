@@ -88,18 +88,26 @@ def tanh_tangent(x: Tensor, y: Array, dot: Tensor) -> Tensor:
     return record(slope * dot.data, (x, dot), pull)
 
 
-def normalised_tangent(x: Tensor, dot: Tensor, groups: int, mean: Array, rstd: Array) -> Tensor:
-    """x̂' = rstd·(ẋ − ⟨ẋ⟩ − x̂⟨x̂·ẋ⟩), the tangent of x̂ = (x − mean)·rstd; x (B, …, C), mean and rstd (B, groups)."""
+def normalised_tangent(x: Tensor, dot: Tensor, groups: int | None, mean: Array, rstd: Array) -> Tensor:
+    """x̂' = rstd·(ẋ − ⟨ẋ⟩ − x̂⟨x̂·ẋ⟩), the tangent of x̂ = (x − mean)·rstd; x (B, …, C), mean and rstd (B, groups).
+
+    ``groups`` None: each token of x (B, T, C) by itself, mean and rstd (B, T).
+    """
     xp = array_module(x.data)
     channels = x.shape[-1]
     one, zero = xp.ones(channels, x.data.dtype), xp.zeros(channels, x.data.dtype)
 
     # with P(a) = a − ⟨a⟩ − x̂⟨x̂·a⟩, rstd·P is its own transpose: the gradient of plain normalisation
     def project(a: Array) -> Array:
+        if groups is None:
+            return kernels.layer_norm_backward(a, x.data, one, zero, mean, rstd)[0]
         return kernels.group_norm_silu_backward(a, x.data, one, zero, groups, mean, rstd, silu=False)[0]
 
-    grouped = (x.shape[0], prod(x.shape[1:-1]), groups, channels // groups)
-    r = rstd[:, None, :, None]
+    if groups is None:
+        grouped = (prod(x.shape[:-1]), 1, 1, channels)
+    else:
+        grouped = (x.shape[0], prod(x.shape[1:-1]), groups, channels // groups)
+    centre, r = (v.reshape(grouped[0], 1, grouped[2], 1) for v in (mean, rstd))
 
     def average(a: Array, b: Array) -> Array:
         return (a * b).mean(axis=(1, 3), keepdims=True, dtype=xp.float64).astype(a.dtype)
@@ -113,7 +121,7 @@ def normalised_tangent(x: Tensor, dot: Tensor, groups: int, mean: Array, rstd: A
         dot.receive(projected)
         if x.needs_grad:
             w, v, d, projected, value = (a.reshape(grouped) for a in (w, y, dot.data, projected, x.data))
-            h = (value - mean[:, None, :, None]) * r
+            h = (value - centre) * r
             dx = h * average(w, v)
             dx += average(h, d) * projected
             dx += average(h, w) * v

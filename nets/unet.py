@@ -1,14 +1,14 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B) and its common variants; it can express diffusers' UNet2DModel exactly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import is_cupy, native, restore
 from . import functions as f
-from .autograd import Tensor, no_grad, recording
+from .autograd import Tensor
+from .blocks import Level, Projections, ResBlock, dropout_of
+from .conditional import Conditional
 from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding
 from .unet_config import attention_levels, check, integers
@@ -16,63 +16,7 @@ from .unet_config import attention_levels, check, integers
 Array = Any
 
 
-@dataclass(frozen=True)
-class _Dropout:
-    """What a mask depends on besides the layer."""
-
-    rate: float
-    seed: int
-    step: int
-    first_sample: int
-
-
-class _Projections:
-    """All residual blocks' projections of the time embedding as one linear layer; a block reads its columns."""
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[str, int, int]] = []  # name, first column, columns
-        self.width = 0
-
-    def take(self, name: str, columns: int) -> int:
-        at = self.width
-        self.blocks.append((name, at, columns))
-        self.width += columns
-        return at
-
-
-class _ResBlock:
-    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); or the time scales and shifts norm2's output."""
-
-    def __init__(self, net: Any, name: str, n_in: int, n_out: int) -> None:  # net: a UNet, or another network of its blocks
-        c, store = net.config, net.params
-        self.modulate = c["scale_shift"]
-        self.layer = len(net.projections.blocks)
-        self.at = net.projections.take(name, 2 * n_out if self.modulate else n_out)
-        self.norm1 = GroupNorm(store, f"{name}.norm1", n_in, c["groups"], c["norm_eps"])
-        self.conv1 = Conv2d(store, f"{name}.conv1", n_in, n_out)
-        self.norm2 = GroupNorm(store, f"{name}.norm2", n_out, c["groups"], c["norm_eps"])
-        self.conv2 = Conv2d(store, f"{name}.conv2", n_out, n_out, zero=c["zero_init"])
-        self.shortcut = Conv2d(store, f"{name}.conv_shortcut", n_in, n_out, kernel=1) if n_in != n_out else None
-
-    def __call__(self, x: Tensor, emb: Tensor, drop: _Dropout | None) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        if self.modulate:
-            h = self.norm2(h, emb, self.at)
-        else:
-            h = self.norm2(f.add_columns(h, emb, self.at, inplace=True))
-        if drop is not None:
-            h = f.dropout(h, drop.rate, drop.seed, drop.step, self.layer, drop.first_sample)
-        return f.add(x if self.shortcut is None else self.shortcut(x), self.conv2(h), inplace=True)
-
-
-class _Level:
-    """The blocks at one resolution: residual blocks, each with or without attention, and the change of size at the end."""
-
-    def __init__(self, blocks: list[tuple[_ResBlock, Attention | None]], resize: Conv2d | None) -> None:
-        self.blocks, self.resize = blocks, resize
-
-
-class UNet:
+class UNet(Conditional):
     """A U-Net ε(x, t, y) on NHWC images.
 
     Levels i = 0.. have ``channels[i]`` channels and images of ``image_size``/2^i; on the way down each has ``blocks`` residual
@@ -157,9 +101,8 @@ class UNet:
         }
         check(config)
         self.config = config
-        self.dropout = dropout
         self.params = ParameterStore(seed, xp, dtype)
-        self.projections = _Projections()
+        self.projections = Projections()
         self._assemble()
         self.params.build()
 
@@ -173,19 +116,18 @@ class UNet:
             heads = 1 if c["head_dim"] is None else width // c["head_dim"]
             return Attention(store, name, width, heads, groups, c["norm_eps"], c["zero_init"])
 
-        def block(part: str, j: int, n_in: int, n_out: int, attention: bool) -> tuple[_ResBlock, Attention | None]:
-            res = _ResBlock(self, f"{part}.resnets.{j}", n_in, n_out)
+        def block(part: str, j: int, n_in: int, n_out: int, attention: bool) -> tuple[ResBlock, Attention | None]:
+            res = ResBlock(self, f"{part}.resnets.{j}", n_in, n_out)
             return res, attend(f"{part}.attentions.{j}", n_out) if attention else None
 
         self.time = TimeEmbedding(
             store, "time_embedding", channels[0], n_emb, c["flip_sin_to_cos"], c["freq_shift"], c["time_dtype"], c["time_origin"]
         )
-        rows = 0 if c["classes"] is None else c["classes"] + c["null_class"]
-        self.label = Embedding(store, "class_embedding", rows, n_emb) if rows else None
+        self.label = Embedding(store, "class_embedding", self.label_rows, n_emb) if self.label_rows else None
         self.conv_in = Conv2d(store, "conv_in", c["in_channels"], channels[0])
 
         width, skips = channels[0], [channels[0]]
-        self.down: list[_Level] = []
+        self.down: list[Level] = []
         for i, n in enumerate(channels):
             part = f"down_blocks.{i}"
             pairs = []
@@ -197,19 +139,19 @@ class UNet:
             if i < last:
                 resize = Conv2d(store, f"{part}.downsamplers.0.conv", n, n, stride=2, pad=tuple(c["downsample_pad"]))
                 skips.append(n)
-            self.down.append(_Level(pairs, resize))
+            self.down.append(Level(pairs, resize))
 
-        self.middle: list[tuple[_ResBlock, Attention | None]] = []
+        self.middle: list[tuple[ResBlock, Attention | None]] = []
         if c["middle"] != "none":
             for j in range(2):
-                res = _ResBlock(self, f"mid_block.resnets.{j}", width, width)
+                res = ResBlock(self, f"mid_block.resnets.{j}", width, width)
                 attention = None
                 if j == 0 and c["middle"] == "attention":
                     groups = c["groups"] if c["middle_groups"] is None else c["middle_groups"] or None
                     attention = attend("mid_block.attentions.0", width, groups)
                 self.middle.append((res, attention))
 
-        self.up: list[_Level] = []
+        self.up: list[Level] = []
         for i, n in enumerate(reversed(channels)):
             part = f"up_blocks.{i}"
             pairs = []
@@ -217,18 +159,11 @@ class UNet:
                 pairs.append(block(part, j, width + skips.pop(), n, up[last - i]))
                 width = n
             resize = Conv2d(store, f"{part}.upsamplers.0.conv", n, n, upsample=True) if i < last else None
-            self.up.append(_Level(pairs, resize))
+            self.up.append(Level(pairs, resize))
 
         self.norm_out = GroupNorm(store, "conv_norm_out", width, c["groups"], c["norm_eps"])
         self.conv_out = Conv2d(store, "conv_out", width, c["out_channels"], zero=c["zero_init"])
         self.projection = Linear(store, "time_emb_proj", n_emb, self.projections.width)
-
-    @property
-    def null(self) -> int:
-        """The label that stands for no condition."""
-        if self.config["classes"] is None or not self.config["null_class"]:
-            raise ValueError("this network has no null class")
-        return self.config["classes"]
 
     def __call__(
         self, x: Array | Tensor, t: Array, y: Array | None = None, step: int | None = None, first_sample: int = 0
@@ -244,18 +179,11 @@ class UNet:
         x = x if isinstance(x, Tensor) else Tensor(x)
         check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
         batch = x.shape[0]
-        drop = None
-        if self.dropout:
-            if step is not None:
-                drop = _Dropout(self.dropout, self.config["seed"], step, first_sample)
-            elif recording() and self.conv_in.weight.needs_grad:
-                raise ValueError("a network with dropout needs step=, the training step; evaluate it by predict or under no_grad")
-
+        drop = dropout_of(self, step, first_sample)
         emb = self.time(check_times(t, batch, self.params.xp))
+        labels = self.labels(y, batch)
         if self.label is not None:
-            emb = f.add(emb, self.label(self._labels(y, batch)))
-        elif y is not None:
-            raise ValueError("y is given, but the network has no classes")
+            emb = f.add(emb, self.label(labels))
         emb = self.projection(f.silu(emb))
 
         h = self.conv_in(x)
@@ -278,28 +206,3 @@ class UNet:
             if level.resize is not None:
                 h = level.resize(h)
         return self.conv_out(self.norm_out(h))
-
-    def predict(self, x: Array, t: Array, y: Array | None = None) -> Array:
-        """The network's output as an array that is the caller's to keep, without a tape and without dropout.
-
-        Arguments as for a call; x may be of any library that speaks DLPack, and the answer is of the same kind.
-        """
-        with no_grad():
-            out = self(native(x), native(t), native(y)).data.copy()  # the buffer itself may belong to a pool
-        return restore(out, x)
-
-    def _labels(self, y: Any, batch: int) -> Array:
-        xp, c = self.params.xp, self.config
-        if y is None:
-            if not c["null_class"]:
-                raise ValueError(f"y must be given, labels in 0..{c['classes'] - 1}: the network has no null class")
-            return xp.full(batch, c["classes"])
-        y = y if is_cupy(y) else np.asarray(y)
-        if y.dtype.kind not in "iu":
-            raise TypeError(f"y must be integers, not {y.dtype}")
-        if y.shape != (batch,):
-            raise ValueError(f"y must have shape ({batch},), not {y.shape}")
-        rows = c["classes"] + c["null_class"]
-        if isinstance(y, np.ndarray) and y.size and not (0 <= y.min() and y.max() < rows):  # labels on a GPU are not waited for
-            raise ValueError(f"y must be in 0..{rows - 1}, not {y.min()}..{y.max()}")
-        return xp.asarray(y)

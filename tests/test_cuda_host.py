@@ -12,12 +12,12 @@ import pytest
 
 from alphabar.kernels import TABLE, accuracy, buffers, gpu, reference
 from alphabar.kernels.compile import FOLDER
-from alphabar.kernels.gpu import attend, conv, diffusion, launch, norm, optim
+from alphabar.kernels.gpu import attend, conv, diffusion, discrete, launch, norm, optim, tokens
 from alphabar.kernels.streams import SAMPLER
 from tests import cusim
 
 pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
-LAUNCHERS = (attend, conv, diffusion, norm, optim)
+LAUNCHERS = (attend, conv, diffusion, discrete, norm, optim, tokens)
 FILES = sorted(FOLDER.glob("*.cu"))
 
 
@@ -26,11 +26,15 @@ def built() -> None:
     cusim.prepare(FILES)
 
 
+def unwritten(shape: tuple[int, ...], dtype: Any, xp: Any) -> np.ndarray:
+    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)
+
+
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that no thread writes must show."""
     for module in LAUNCHERS:
-        monkeypatch.setattr(module, "empty", lambda shape, dtype, xp: np.full(shape, np.nan, dtype))
+        monkeypatch.setattr(module, "empty", unwritten)
 
 
 @pytest.fixture
@@ -99,7 +103,13 @@ def test_the_cases_reach_every_kernel_of_every_file(host: cusim.Host) -> None:
 
 @pytest.mark.parametrize("order", cusim.ORDERS)
 def test_the_same_call_gives_the_same_bits_in_any_order(order: str) -> None:
-    for name in ("group_norm_silu_backward", "conv2d_backward_weight", "attention_backward", "sum_squares"):
+    for name in (
+        "group_norm_silu_backward",
+        "conv2d_backward_weight",
+        "attention_backward",
+        "layer_norm_backward",
+        "sum_squares",
+    ):
         case = TABLE[name].tests[1]
         results = []
         for device in (cusim.Host(), cusim.Host("fast", order, 5)):

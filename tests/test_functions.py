@@ -9,6 +9,7 @@ import pytest
 from alphabar import kernels
 from alphabar.nets import Tensor, gradcheck
 from alphabar.nets import functions as f
+from alphabar.nets import token_functions as tf
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle here")
 F = torch.nn.functional
@@ -45,6 +46,27 @@ def torch_norm(groups, silu, at=None):
     return norm
 
 
+def torch_layer_norm(at=None):
+    def norm(x, gamma, beta, emb=None):
+        # by its definition: third derivatives of F.layer_norm are wrong (PyTorch 2.13, gradient through a tangent)
+        n = (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5) * gamma + beta
+        if emb is None:
+            return n
+        scale, shift = (emb[:, None, k : k + x.shape[-1]] for k in (at, at + x.shape[-1]))
+        return n * (1 + scale) + shift
+
+    return norm
+
+
+def torch_rotary(heads):
+    def rotary(x):
+        a, b = x.reshape(*x.shape[:2], heads, -1).chunk(2, -1)
+        c, s = (torch.as_tensor(v).to(x.dtype)[:, None] for v in (COS, SIN))
+        return torch.cat([a * c - b * s, a * s + b * c], -1).reshape(x.shape)
+
+    return rotary
+
+
 def torch_attention(heads, scale=None):
     def attention(q, k, v):
         b, *places, c = q.shape
@@ -69,6 +91,10 @@ def conv_case(name: str, shape, w, bias=True, **options) -> Case:
 
 
 INDEX = np.array([2, 0, 2, 2, 4])
+WORDS = np.array([[2, 0, 2], [2, 4, 1]])
+ANGLES = np.random.default_rng(9).uniform(0, 7, (7, 3))
+COS, SIN = np.cos(ANGLES), np.sin(ANGLES)
+SIGNAL, NOISE = np.array([0.9, -0.3, 0.1]), np.random.default_rng(8).standard_normal((3, 7, 12))
 CASES = [
     conv_case("3x3", (2, 8, 8, 16), (3, 3, 16, 24)),
     conv_case("odd sizes", (2, 5, 7, 3), (3, 3, 3, 5)),
@@ -104,6 +130,30 @@ CASES = [
     ),
     Case("concat", f.concat, lambda a, b: torch.cat([a, b], -1), ((2, 3, 4, 5), (2, 3, 4, 7))),
     Case("embedding", lambda e: f.embedding(e, INDEX), lambda e: e[torch.as_tensor(INDEX)], ((6, 9),)),
+    Case("embedding of sequences", lambda e: f.embedding(e, WORDS), lambda e: e[torch.as_tensor(WORDS)], ((6, 9),)),
+    Case("linear on tokens", f.linear, lambda x, w, b: x @ w + b, ((2, 5, 12), (12, 7), (7,))),
+    Case("layer norm", lambda *a: tf.layer_norm(*a, 1e-5), torch_layer_norm(), ((3, 7, 12), (12,), (12,))),
+    Case(
+        "layer norm modulated",
+        lambda x, g, b, emb: tf.layer_norm(x, g, b, 1e-5, emb, 4),
+        torch_layer_norm(4),
+        ((3, 7, 12), (12,), (12,), (3, 30)),
+    ),
+    Case(
+        "add gated",
+        lambda x, h, emb: tf.add_gated(x, h, emb, 4),
+        lambda x, h, emb: x + emb[:, None, 4:16] * h,
+        ((3, 7, 12), (3, 7, 12), (3, 17)),
+    ),
+    Case("rotary", lambda x: tf.rotary(x, 2, COS.astype(x.data.dtype), SIN.astype(x.data.dtype)), torch_rotary(2), ((3, 7, 12),)),
+    Case("add rows", tf.add_rows, lambda x, r: x + r, ((3, 7, 12), (7, 12))),
+    Case("transpose", tf.transpose, lambda x: x.T, ((5, 7),)),
+    Case(
+        "noised",
+        lambda x: tf.noised(x, SIGNAL, NOISE.astype(x.data.dtype)),
+        lambda x: torch.as_tensor(SIGNAL).to(x.dtype)[:, None, None] * x + torch.as_tensor(NOISE).to(x.dtype),
+        ((3, 7, 12),),
+    ),
 ]
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 

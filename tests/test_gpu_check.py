@@ -14,7 +14,16 @@ from alphabar.kernels.gpu import launch
 from alphabar.tools import gpu_check
 from tests import cusim, fake_cupy
 
-FEW = ("normals", "q_sample", "step", "group_norm_silu_backward", "conv2d", "adamw_ema")
+FEW = (
+    "normals",
+    "q_sample",
+    "step",
+    "categorical_posterior",
+    "categorical_q_sample",
+    "group_norm_silu_backward",
+    "conv2d",
+    "adamw_ema",
+)
 
 
 class Event:

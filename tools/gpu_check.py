@@ -54,6 +54,7 @@ SECTIONS = ("noise", "accuracy", "sanitizer", "bench", "train")
 SANITIZERS = ("memcheck", "racecheck")
 FLUSH = 512 << 20  # bytes written before a timed call: more than any L2 cache holds, and long enough to queue the call meanwhile
 ROUNDS, CALLS = 4, 6
+TABLED = ("step", "q_sample", "categorical_posterior", "categorical_q_sample")  # kernels that take a table of float64
 COPY = 256 << 20  # bytes of the array whose copy is the yardstick
 
 Report = dict[str, Any]
@@ -329,7 +330,7 @@ def _timed(
     pool = kernels.Pool()
 
     def send(a: np.ndarray) -> Any:
-        if a.ndim and a.dtype == np.float64 and kernel.name in ("step", "q_sample"):
+        if a.ndim and a.dtype == np.float64 and kernel.name in TABLED:
             a.setflags(write=False)  # a table of coefficients, as the schedules and samplers hand it over
             return a
         return cupy.asarray(a)
@@ -369,7 +370,7 @@ def _opponents(
     torch_ops = _twins()
 
     def send(a: np.ndarray) -> Any:
-        table = a.ndim == 2 and a.dtype == np.float64 and name == "step"  # its twin reads the row on the host
+        table = a.ndim == 2 and a.dtype == np.float64 and name in TABLED  # their twins read the row on the host
         return torch.from_numpy(a.copy()) if table else torch.from_numpy(a.copy()).cuda()
 
     there_args, there_kwargs = accuracy.map_arrays(send, (args, kwargs))

@@ -3,21 +3,33 @@
 from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight
 from .diffusion import q_sample, step
+from .discrete import categorical, categorical_posterior, categorical_q_sample
 from .norm import group_norm_silu, group_norm_silu_backward
 from .optim import adamw_ema, sum_squares
 from .random import normals
+from .tokens import add_gated, add_gated_backward, layer_norm, layer_norm_backward, rotary, silu, silu_backward
 
 __all__ = [
     "adamw_ema",
+    "add_gated",
+    "add_gated_backward",
     "attention",
     "attention_backward",
+    "categorical",
+    "categorical_posterior",
+    "categorical_q_sample",
     "conv2d",
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "normals",
     "q_sample",
+    "rotary",
+    "silu",
+    "silu_backward",
     "step",
     "sum_squares",
 ]

@@ -22,7 +22,8 @@ _FAR = -(1 << 30)
 _BLOCKS = 8  # row tiles whose addresses are made together
 _PLACES = _BLOCKS * ROWS
 _DEPTH = 256  # places of one packed panel in the weight gradient
-_SLICE = 4  # column tiles of input channels in one task of the weight gradient
+_SLICE = 4  # column tiles of input channels in one task of the weight gradient,
+_LONG_SLICE = 32  # or up to so many where there is one tap: the gradient is packed for each slice anew
 _CHUNKS = 8  # at most so many partial sums over the places in the weight gradient
 _CHUNK = 1024  # and at least so many places in each
 
@@ -244,25 +245,25 @@ def _weights(
 ):
     batch, height, width, stored = x.shape
     rows, cols, channels = dy.shape[1], dy.shape[2], dy.shape[3]
-    columns, slices, depth = panels.shape[1], partial.shape[1], dw.shape[1]
+    columns, run, slices, each, depth = panels.shape[1], panels.shape[2], partial.shape[1], partial.shape[3], dw.shape[1]
     marks = dy.reshape(-1, channels)
     for worker in prange(workers):
         table, panel = tables[worker], panels[worker]
-        at_row, at_col, image = np.empty(_DEPTH, np.int64), np.empty(_DEPTH, np.int64), np.empty(_DEPTH, np.int64)
+        at_row, at_col, image = np.empty(run, np.int64), np.empty(run, np.int64), np.empty(run, np.int64)
         for task in range(chunks * slices * worker // workers, chunks * slices * (worker + 1) // workers):
             chunk, part = task // slices, task % slices
             sums, bias = partial[chunk, part], partial_bias[chunk]
             sums[:] = F(0)
             if part == 0:
                 bias[:] = F(0)
-            used = min(_SLICE, stored // NARROW - part * _SLICE)
+            used = min(each, stored // NARROW - part * each)
             for q in range(period * period):
                 phase_row, phase_col = q // period, q % period
                 high, wide = (rows - phase_row + period - 1) // period, (cols - phase_col + period - 1) // period
                 places = batch * high * wide
                 end = places * (chunk + 1) // chunks
-                for start in range(places * chunk // chunks, end, _DEPTH):
-                    count = min(_DEPTH, end - start)
+                for start in range(places * chunk // chunks, end, run):
+                    count = min(run, end - start)
                     _places(at_row, at_col, image, start, count, high, wide, 1)
                     _pack(panel, marks, at_row, at_col, image, count, rows, cols, period, phase_row, phase_col)
                     if part == 0:
@@ -274,11 +275,11 @@ def _weights(
                         _addresses(table, at_row, at_col, image, count, base, outside, height, width, 4 * stored, dr, dc)
                         for column in range(columns):
                             for s in range(used):
-                                offset = 4 * NARROW * (part * _SLICE + s)
+                                offset = 4 * NARROW * (part * each + s)
                                 to = sums[tap, s, column].ctypes.data
                                 column_tile(table.ctypes.data, offset, count, panel[column].ctypes.data, to)
     for c in prange(depth):
-        part, s, m = c // (_SLICE * NARROW), c // NARROW % _SLICE, c % NARROW
+        part, s, m = c // (each * NARROW), c // NARROW % each, c % NARROW
         dw[:, c] = F(0)
         for tap in range(shifts.shape[0]):
             for i in range(starts[tap], starts[tap + 1]):
@@ -318,11 +319,17 @@ def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, ou
         _widen(x.reshape(-1, depth), wide.reshape(-1, stored))
         x = wide
     chunks = max(1, min(_CHUNKS, dy.size // channels // _CHUNK))
-    columns, slices, taps = -(-channels // COLS), -(-depth // (_SLICE * NARROW)), len(geometry[3])
-    partial = buffers.empty((chunks, slices, taps, _SLICE, columns, NARROW, COLS), np.float32)
+    columns, taps, each, run = -(-channels // COLS), len(geometry[3]), _SLICE, _DEPTH
+    if taps == 1:
+        run = _DEPTH // 2
+        longest = min(_LONG_SLICE, -(-depth // NARROW))
+        while each < longest and chunks * -(-depth // (2 * each * NARROW)) >= 4 * workers:  # tasks enough for all workers
+            each *= 2
+    slices = -(-depth // (each * NARROW))
+    partial = buffers.empty((chunks, slices, taps, each, columns, NARROW, COLS), np.float32)
     partial_bias = buffers.empty((chunks, columns, COLS), np.float32)
-    tables = buffers.empty((workers, _DEPTH), np.int64)
-    panels = buffers.empty((workers, columns, _DEPTH, COLS), np.float32)
+    tables = buffers.empty((workers, run), np.int64)
+    panels = buffers.empty((workers, columns, run, COLS), np.float32)
     zeros = buffers.empty((stored,), np.float32)
     zeros[...] = 0
     made = out.reshape(-1, depth, channels), dbias

@@ -11,16 +11,11 @@ from numba import prange
 from .. import buffers
 from .jit import jit, loops
 from .threads import ELEMENTS, alone_below, threads
-from .vector import F, exp
+from .vector import F, sigmoid
 
 _ROWS = 8
 _RUN = 128  # rows summed in float32 before they go into a float64 sum
 _FAST = {"contract", "nsz", "arcp"}
-
-
-@jit(inline="always")
-def _sigmoid(v):
-    return F(1) / (F(1) + exp(-v))
 
 
 @jit(fastmath=_FAST)
@@ -55,7 +50,7 @@ def _apply(y, x, mean, factor, offset, silu):
         if silu:
             for c in range(channels):
                 v = (xs[c] - mean[c]) * factor[c] + offset[c]
-                ys[c] = v * _sigmoid(v)
+                ys[c] = v * sigmoid(v)
         else:
             for c in range(channels):
                 ys[c] = (xs[c] - mean[c]) * factor[c] + offset[c]
@@ -125,7 +120,7 @@ def _slopes(dv, dy, x, mean, factor, offset, s, q, silu):
         if silu:
             for c in range(channels):
                 v = (xs[c] - mean[c]) * factor[c] + offset[c]
-                sig = _sigmoid(v)
+                sig = sigmoid(v)
                 to[c] = ys[c] * (sig * (F(1) + v * (F(1) - sig)))
         else:
             for c in range(channels):

@@ -95,6 +95,18 @@ def fill(z, size, first, sample, step, stream, k0, k1):
             z[3 * RUN + j] = d * q
 
 
+@jit
+def fill_words(w, size, first, sample, step, stream, k0, k1):
+    """The first ``size`` words of the block whose first counter is ``first``, into ``w``, which has room for whole runs."""
+    for j in range(min(size, RUN)):
+        r0, r1, r2, r3 = _philox(U(first + U(j)), sample, step, stream, k0, k1)
+        w[j] = r0
+        if size > RUN:
+            w[RUN + j] = r1
+            w[2 * RUN + j] = r2
+            w[3 * RUN + j] = r3
+
+
 @loops
 def _normals(out, first_sample, step, stream, k0, k1, workers):
     batch, size = out.shape

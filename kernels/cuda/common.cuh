@@ -59,3 +59,10 @@ template <bool WIDE> __device__ __forceinline__ void save4(float* to, const floa
   for (int i = 0; i < 4; ++i)
     if (i < n) to[i] = from[i];
 }
+
+// Call body.run<N>(i) for every i = 0, N, 2N, ... and body.run<1>(i) for the n % N elements that are left.
+template <int N, class Body> __device__ __forceinline__ void for_each(int64 n, Body& body) {
+  int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64)gridDim.x * blockDim.x;
+  for (int64 i = N * thread; i + N <= n; i += N * threads) body.template run<N>(i);
+  if (N > 1 && thread < n % N) body.template run<1>(n - n % N + thread);
+}

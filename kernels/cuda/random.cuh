@@ -1,4 +1,4 @@
-// Standard normals from Philox4x32-10 with the same bits on every machine. Only integer operations and multiplications, additions and
+// Random numbers from Philox4x32-10 with the same bits on every machine. Only integer operations and multiplications, additions and
 // square roots that are each rounded once are used: no fused multiply-add, no library function, no subnormal number.
 //
 // Element e of a sample takes word (e / 256) % 4 of counter (256 (e / 1024) + e % 256, sample, step, stream). A thread makes four
@@ -86,3 +86,37 @@ struct Walk {
     base = (int64)sample * size;
   }
 };
+
+// ---- draws of states: the words of the same counters, one for each element
+
+// (r / 512 + 1/2) 2^-23 in (0, 1), exact
+__device__ __forceinline__ float uniform(unsigned r) { return add(mul((float)(r >> 9), 1.1920928955078125e-7f), 5.9604644775390625e-8f); }
+
+// floor(r states / 2^32)
+__device__ __forceinline__ int evenly(unsigned r, unsigned states) { return (int)__umulhi(r, states); }
+
+// The word of element e of a sample.
+__device__ __forceinline__ unsigned word(const Draw& draw, unsigned sample, int e) {
+  uint4 r = philox(make_uint4((unsigned)(RUN * (e / BLOCK) + e % RUN), sample, draw.step, draw.stream), draw.seed_low, draw.seed_high);
+  int which = e / RUN % 4;
+  return which == 0 ? r.x : which == 1 ? r.y : which == 2 ? r.z : r.w;
+}
+
+// The draw of an element's second word.
+__device__ __forceinline__ Draw second(const Draw& draw) { return Draw{draw.seed_low, draw.seed_high, draw.step, draw.stream + 0x80000000u}; }
+
+// e^x for x <= 0, within two units in the last place; 0 below -64
+__device__ __forceinline__ float exp_below_0(float x) {
+  bool far = x < -64.0f;
+  x = far ? 0.0f : x;
+  float t = add(mul(x, 1.44269504088896341f), 12582912.0f);  // 1.5 2^23: the sum is rounded to an integer n, which its low bits hold
+  float n = add(t, -12582912.0f);
+  float r = add(add(x, -mul(n, 0.693359375f)), -mul(n, -2.12194440e-4f));  // x - n ln 2
+  float p = add(mul(1.9875691500e-4f, r), 1.3981999507e-3f);
+  p = add(mul(p, r), 8.3334519073e-3f);
+  p = add(mul(p, r), 4.1665795894e-2f);
+  p = add(mul(p, r), 1.6666665459e-1f);
+  p = add(mul(p, r), 5.0000001201e-1f);
+  float y = add(add(mul(p, mul(r, r)), r), 1.0f);
+  return far ? 0.0f : mul(y, __uint_as_float((__float_as_uint(t) + 127u) << 23));
+}

@@ -8,29 +8,47 @@ argument order; ``tests/test_kernels.py`` holds them to these definitions. Layou
 from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight, conv_output_size, conv_padding
 from .diffusion import ROW, q_sample, step
+from .discrete import CHUNK, LEAST, SECOND, categorical, categorical_posterior, categorical_q_sample, exp_below_0, uniform
 from .norm import group_norm_silu, group_norm_silu_backward
 from .optim import adamw_ema, sum_squares
-from .random import BLOCK, RUN, cos_sin, minus_2_log, normals, philox
+from .random import BLOCK, RUN, cos_sin, minus_2_log, normals, philox, words
+from .tokens import add_gated, add_gated_backward, layer_norm, layer_norm_backward, rotary, silu, silu_backward
 
 __all__ = [
     "BLOCK",
+    "CHUNK",
+    "LEAST",
     "ROW",
     "RUN",
+    "SECOND",
     "adamw_ema",
+    "add_gated",
+    "add_gated_backward",
     "attention",
     "attention_backward",
+    "categorical",
+    "categorical_posterior",
+    "categorical_q_sample",
     "conv2d",
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "conv_output_size",
     "conv_padding",
     "cos_sin",
+    "exp_below_0",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "minus_2_log",
     "normals",
     "philox",
     "q_sample",
+    "rotary",
+    "silu",
+    "silu_backward",
     "step",
     "sum_squares",
+    "uniform",
+    "words",
 ]

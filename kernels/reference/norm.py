@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import array_module
+from .tokens import sigmoid
 
 Array = Any
 
@@ -28,11 +29,6 @@ def _modulated(
     return x_hat, v
 
 
-def _sigmoid(v: Array) -> Array:
-    xp = array_module(v)
-    return 1 / (1 + xp.exp(-xp.clip(v, -80, None)))
-
-
 def group_norm_silu(
     x: Array,
     gamma: Array,
@@ -54,7 +50,7 @@ def group_norm_silu(
     var = ((xg - mean[:, None, :, None]) ** 2).mean(axis=(1, 3))
     rstd = 1 / array_module(x).sqrt(var + x.dtype.type(eps))
     _, v = _modulated(x, gamma, beta, groups, mean, rstd, scale, shift)
-    y = v * _sigmoid(v) if silu else v
+    y = v * sigmoid(v) if silu else v
     if out is not None:
         out[...] = y
         y = out
@@ -83,7 +79,7 @@ def group_norm_silu_backward(
     x_hat, v = _modulated(x, gamma, beta, groups, mean, rstd, scale, shift)
     dv = dy
     if silu:
-        sig = _sigmoid(v)
+        sig = sigmoid(v)
         dv = dy * (sig * (1 + v * (1 - sig)))
     places = tuple(range(1, x.ndim - 1))
     dscale = dshift = None

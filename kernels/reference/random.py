@@ -73,6 +73,28 @@ def cos_sin(r: Array) -> tuple[Array, Array]:
     return xp.where((octant & xp.uint32(2)) != 0, -a, a), xp.where((octant & xp.uint32(4)) != 0, -b, b)
 
 
+def _four(batch: int, size: int, seed: int, step: int, stream: int, first_sample: int, xp: Any) -> tuple:
+    """The four words, each (batch, blocks, lanes), of the counters that make ``size`` elements of each sample."""
+    blocks = -(-size // BLOCK)
+    lanes = min(RUN, size)
+    c0 = (xp.arange(blocks, dtype=xp.uint32)[:, None] * xp.uint32(RUN) + xp.arange(lanes, dtype=xp.uint32)[None, :])[None]
+    c0 = xp.broadcast_to(c0, (batch, blocks, lanes))
+    c1 = xp.broadcast_to(
+        ((np.uint64(first_sample) + xp.arange(batch, dtype=xp.uint64)) & xp.uint64(0xFFFFFFFF)).astype(xp.uint32)[:, None, None],
+        c0.shape,
+    )
+    return philox((c0, c1, xp.full_like(c0, step), xp.full_like(c0, stream)), (seed & 0xFFFFFFFF, seed >> 32))
+
+
+def words(shape: tuple[int, ...], seed: int, step: int, stream: int, first_sample: int, xp: Any = np) -> Array:
+    """One uint32 word for each element of ``shape`` (B, …): element e takes the word that it would take in :func:`normals`."""
+    batch, size = shape[0], int(np.prod(shape[1:]))
+    if batch == 0 or size == 0:
+        return xp.empty(shape, xp.uint32)
+    four = _four(batch, size, seed, step, stream, first_sample, xp)
+    return xp.stack(four, axis=2).reshape(batch, -1)[:, :size].reshape(shape)
+
+
 def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_sample: int = 0) -> Array:
     """Fill ``out`` (B, …) with standard normals that depend on (seed, sample, step, stream, element) and on nothing else.
 
@@ -84,15 +106,7 @@ def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_s
     batch, size = out.shape[0], int(np.prod(out.shape[1:]))
     if batch == 0 or size == 0:
         return out
-    blocks = -(-size // BLOCK)
-    lanes = min(RUN, size)
-    c0 = (xp.arange(blocks, dtype=xp.uint32)[:, None] * xp.uint32(RUN) + xp.arange(lanes, dtype=xp.uint32)[None, :])[None]
-    c0 = xp.broadcast_to(c0, (batch, blocks, lanes))
-    c1 = xp.broadcast_to(
-        ((np.uint64(first_sample) + xp.arange(batch, dtype=xp.uint64)) & xp.uint64(0xFFFFFFFF)).astype(xp.uint32)[:, None, None],
-        c0.shape,
-    )
-    r0, r1, r2, r3 = philox((c0, c1, xp.full_like(c0, step), xp.full_like(c0, stream)), (seed & 0xFFFFFFFF, seed >> 32))
+    r0, r1, r2, r3 = _four(batch, size, seed, step, stream, first_sample, xp)
     radius0, radius1 = xp.sqrt(minus_2_log(r0)), xp.sqrt(minus_2_log(r2))
     (cos0, sin0), (cos1, sin1) = cos_sin(r1), cos_sin(r3)
     z = xp.stack([radius0 * cos0, radius0 * sin0, radius1 * cos1, radius1 * sin1], axis=2)  # (B, blocks, 4, lanes)

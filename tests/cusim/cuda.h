@@ -166,6 +166,7 @@ inline unsigned __float_as_uint(float f) { return cusim_bits<unsigned>(f); }
 inline float __int_as_float(int i) { return cusim_bits<float>(i); }
 inline int __float_as_int(float f) { return cusim_bits<int>(f); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
 inline float __fdividef(float a, float b) { return a / b; }
 // Built with -ffp-contract=off, so each of these rounds once, as on the device.

@@ -1,0 +1,282 @@
+"""What a Transformer does to its tokens between the matrix products: one pass over memory each, a row of a token at a time.
+
+Sums over the tokens of a sample are made in runs of _RUN tokens and added in their order, whatever the number of threads.
+"""
+
+import numpy as np
+from numba import prange
+
+from .. import buffers
+from .jit import jit, loops
+from .threads import ELEMENTS, alone_below, threads
+from .vector import F, sigmoid
+
+_CHUNK = 1 << 13
+_RUN = 64  # tokens summed in float32 before they go into a float64 sum
+_FAST = {"contract", "nsz", "arcp"}
+_SUM = _FAST | {"reassoc"}
+
+
+@jit(fastmath=_FAST)
+def _silu_of(x, y):
+    for j in range(x.size):
+        y[j] = x[j] * sigmoid(x[j])
+
+
+@jit(fastmath=_FAST)
+def _silu_slope(dy, x, dx):
+    for j in range(x.size):
+        v = x[j]
+        s = sigmoid(v)
+        dx[j] = dy[j] * (s * (F(1) + v * (F(1) - s)))
+
+
+@loops
+def _silu(x, y):
+    for k in prange((x.size + _CHUNK - 1) // _CHUNK):
+        _silu_of(x[k * _CHUNK : (k + 1) * _CHUNK], y[k * _CHUNK : (k + 1) * _CHUNK])
+
+
+@loops
+def _silu_gradient(dy, x, dx):
+    for k in prange((x.size + _CHUNK - 1) // _CHUNK):
+        a, b = k * _CHUNK, (k + 1) * _CHUNK
+        _silu_slope(dy[a:b], x[a:b], dx[a:b])
+
+
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
+def silu(x, out=None):
+    y = buffers.empty(x.shape, x.dtype) if out is None else out
+    _silu(x.reshape(-1), y.reshape(-1))
+    return y
+
+
+@alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
+def silu_backward(dy, x, out=None):
+    dx = buffers.empty(x.shape, x.dtype) if out is None else out
+    _silu_gradient(dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
+    return dx
+
+
+@jit(fastmath=_SUM)
+def _mean(x):
+    total = F(0)
+    for c in range(x.size):
+        total += x[c]
+    return total / F(x.size)
+
+
+@jit(fastmath=_SUM)
+def _variance(x, mean):
+    total = F(0)
+    for c in range(x.size):
+        d = x[c] - mean
+        total += d * d
+    return total / F(x.size)
+
+
+@jit(fastmath=_FAST)
+def _affine(x, mean, rstd, factor, offset, y):
+    for c in range(x.size):
+        y[c] = (x[c] - mean) * rstd * factor[c] + offset[c]
+
+
+@jit(fastmath=_FAST)
+def _fold(gamma, beta, scale, shift, factor, offset):
+    for c in range(gamma.size):
+        k = F(1) + scale[c]
+        factor[c] = gamma[c] * k
+        offset[c] = beta[c] * k + shift[c]
+
+
+@loops
+def _normalise(x, gamma, beta, eps, scale, shift, modulated, y, mean, rstd, work, workers):
+    batch, tokens, _ = x.shape
+    for worker in prange(workers):
+        factor, offset = work[worker, 0], work[worker, 1]
+        factor[:] = gamma
+        offset[:] = beta
+        first, last = batch * tokens * worker // workers, batch * tokens * (worker + 1) // workers
+        for i in range(first, last):
+            n, t = i // tokens, i % tokens
+            if modulated and (i == first or t == 0):
+                _fold(gamma, beta, scale[n], shift[n], factor, offset)
+            row = x[n, t]
+            m = _mean(row)
+            r = F(1) / np.sqrt(_variance(row, m) + eps)
+            mean[n, t], rstd[n, t] = m, r
+            _affine(row, m, r, factor, offset, y[n, t])
+
+
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
+def layer_norm(x, gamma, beta, eps=1e-5, scale=None, shift=None, out=None):
+    workers = threads()
+    y = buffers.empty(x.shape, x.dtype) if out is None else out
+    mean, rstd = buffers.empty(x.shape[:2], x.dtype), buffers.empty(x.shape[:2], x.dtype)
+    work = buffers.empty((workers, 2, x.shape[2]), x.dtype)
+    extra = (scale, shift, True) if scale is not None else (mean, mean, False)
+    _normalise(x, gamma, beta, F(eps), *extra, y, mean, rstd, work, workers)
+    return y, mean, rstd
+
+
+@jit(fastmath=_SUM)
+def _moments(dy, x, mean, factor):
+    """⟨g⟩ and ⟨g·(x − mean)⟩ with g = dy·factor."""
+    a, b = F(0), F(0)
+    for c in range(x.size):
+        g = dy[c] * factor[c]
+        a += g
+        b += g * (x[c] - mean)
+    return a / F(x.size), b / F(x.size)
+
+
+@jit(fastmath=_FAST)
+def _collect(dy, x, mean, rstd, s, q):
+    """s += dy, q += dy·x̂."""
+    for c in range(x.size):
+        s[c] += dy[c]
+        q[c] += dy[c] * ((x[c] - mean) * rstd)
+
+
+@jit(fastmath=_FAST)
+def _project(dy, x, mean, rstd, factor, a, b, dx):
+    """dx = rstd·(g − ⟨g⟩ − x̂⟨g·x̂⟩), given a = ⟨g⟩ and b = ⟨g·(x − mean)⟩."""
+    slope = rstd * rstd * b
+    for c in range(x.size):
+        dx[c] = rstd * (dy[c] * factor[c] - a - (x[c] - mean) * slope)
+
+
+@loops
+def _normalise_gradient(dy, x, gamma, mean, rstd, scale, modulated, dx, parts, work, workers):
+    batch, tokens, channels = x.shape
+    runs = parts.shape[1]
+    for worker in prange(workers):
+        factor = work[worker]
+        factor[:] = gamma
+        for task in range(batch * runs * worker // workers, batch * runs * (worker + 1) // workers):
+            n, run = task // runs, task % runs
+            if modulated:
+                for c in range(channels):
+                    factor[c] = gamma[c] * (F(1) + scale[n, c])
+            s, q = parts[n, run, 0], parts[n, run, 1]
+            s[:] = F(0)
+            q[:] = F(0)
+            for t in range(run * _RUN, min(tokens, (run + 1) * _RUN)):
+                d, row, m, r = dy[n, t], x[n, t], mean[n, t], rstd[n, t]
+                _collect(d, row, m, r, s, q)
+                a, b = _moments(d, row, m, factor)
+                _project(d, row, m, r, factor, a, b, dx[n, t])
+
+
+@jit
+def _sum_runs(parts, gamma, beta, scale, modulated, dgamma, dbeta, dscale, dshift):
+    batch, runs, _, channels = parts.shape
+    total_s, total_q = np.zeros(channels), np.zeros(channels)
+    for n in range(batch):
+        s, q = np.zeros(channels), np.zeros(channels)
+        for run in range(runs):
+            for c in range(channels):
+                s[c] += parts[n, run, 0, c]
+                q[c] += parts[n, run, 1, c]
+        for c in range(channels):
+            factor = 1.0
+            if modulated:
+                dshift[n, c] = s[c]
+                dscale[n, c] = gamma[c] * q[c] + beta[c] * s[c]
+                factor = 1.0 + scale[n, c]
+            total_s[c] += factor * s[c]
+            total_q[c] += factor * q[c]
+    for c in range(channels):
+        dbeta[c], dgamma[c] = total_s[c], total_q[c]
+
+
+@alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
+def layer_norm_backward(dy, x, gamma, beta, mean, rstd, scale=None, out=None):
+    (batch, tokens, channels), workers, modulated = x.shape, threads(), scale is not None
+    dx = buffers.empty(x.shape, x.dtype) if out is None else out
+    dgamma, dbeta = buffers.empty((channels,), x.dtype), buffers.empty((channels,), x.dtype)
+    dscale, dshift = (buffers.empty((batch, channels), x.dtype) if modulated else None for _ in range(2))
+    parts = buffers.empty((batch, -(-tokens // _RUN), 2, channels), x.dtype)
+    work = buffers.empty((workers, channels), x.dtype)
+    factor = scale if modulated else mean
+    _normalise_gradient(dy, x, gamma, mean, rstd, factor, modulated, dx, parts, work, workers)
+    made = (dscale, dshift) if modulated else (mean, mean)
+    _sum_runs(parts, gamma, beta, factor, modulated, dgamma, dbeta, *made)
+    return dx, dgamma, dbeta, dscale, dshift
+
+
+@jit(fastmath=_FAST)
+def _gated(x, h, gate, y):
+    for c in range(x.size):
+        y[c] = x[c] + gate[c] * h[c]
+
+
+@loops
+def _add_gated(x, h, gate, y):
+    batch, tokens, _ = x.shape
+    for i in prange(batch * tokens):
+        n, t = i // tokens, i % tokens
+        _gated(x[n, t], h[n, t], gate[n], y[n, t])
+
+
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
+def add_gated(x, h, gate, out=None):
+    y = buffers.empty(x.shape, x.dtype) if out is None else out
+    _add_gated(x, h, gate, y)
+    return y
+
+
+@jit(fastmath=_FAST)
+def _gated_slope(dy, h, gate, dh, s):
+    for c in range(dy.size):
+        s[c] += dy[c] * h[c]
+        dh[c] = gate[c] * dy[c]
+
+
+@loops
+def _add_gated_gradient(dy, h, gate, dh, parts):
+    batch, tokens, _ = dy.shape
+    runs = parts.shape[1]
+    for task in prange(batch * runs):
+        n, run = task // runs, task % runs
+        s = parts[n, run]
+        s[:] = F(0)
+        for t in range(run * _RUN, min(tokens, (run + 1) * _RUN)):
+            _gated_slope(dy[n, t], h[n, t], gate[n], dh[n, t], s)
+
+
+@alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
+def add_gated_backward(dy, h, gate, out=None):
+    batch, tokens, channels = dy.shape
+    dh = buffers.empty(dy.shape, dy.dtype) if out is None else out
+    dgate = buffers.empty((batch, channels), dy.dtype)
+    parts = buffers.empty((batch, -(-tokens // _RUN), channels), dy.dtype)
+    _add_gated_gradient(dy, h, gate, dh, parts)
+    dgate[...] = parts.sum(axis=1, dtype=np.float64)
+    return dh, dgate
+
+
+@jit(fastmath=_FAST)
+def _turn(a, b, cos, sin, y, z):
+    for j in range(cos.size):
+        u, v = a[j], b[j]
+        y[j] = u * cos[j] - v * sin[j]
+        z[j] = v * cos[j] + u * sin[j]
+
+
+@loops
+def _rotary(x, cos, sin, y):
+    batch, tokens, heads, depth = x.shape
+    half = depth // 2
+    for i in prange(batch * tokens):
+        n, t = i // tokens, i % tokens
+        for h in range(heads):
+            row, to = x[n, t, h], y[n, t, h]
+            _turn(row[:half], row[half:], cos[t], sin[t], to[:half], to[half:])
+
+
+@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
+def rotary(x, cos, sin, out=None):
+    y = buffers.empty(x.shape, x.dtype) if out is None else out
+    _rotary(x, cos, sin, y)
+    return y
