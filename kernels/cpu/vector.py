@@ -78,6 +78,12 @@ def exp(x):
     return (p * (r * r) + r + F(1)) * float_of(np.int32(np.int32(n) + np.int32(127)) << np.int32(23))
 
 
+@jit(inline="always")
+def sigmoid(v):
+    """1/(1 + e^−v) in float32."""
+    return F(1) / (F(1) + exp(-v))
+
+
 class _Emit:
     """Loads, stores and multiply-adds of one vector, over a builder; addresses are int64."""
 
