@@ -17,7 +17,7 @@ Array = Any
 
 
 class UNet(Conditional):
-    """A U-Net ε(x, t, y) on NHWC images.
+    """A U-Net ε(x, t, y) on NHWC images. Eq: S4-E81.
 
     Levels i = 0.. have ``channels[i]`` channels and images of ``image_size``/2^i; on the way down each has ``blocks`` residual
     blocks, on the way up ``blocks`` + 1, each of which takes one stored activation of the way down beside its input.

@@ -142,7 +142,7 @@ def test_what_belongs_to_another_method_is_refused_where_it_would_change_somethi
     with pytest.raises(ConfigError, match=r"sample\.eta goes with the sampler ddim, not with heun"):
         configs.load(file, ["sample.eta=0"])
     file.write_text("method = 'ncsn'\n[diffusion]\nT = 10\n")
-    with pytest.raises(ConfigError, match=r"diffusion\.T goes with the method ddpm, not with ncsn"):
+    with pytest.raises(ConfigError, match=r"diffusion\.T goes with the methods ddpm, multinomial, d3pm.*, not with ncsn"):
         configs.load(file, [])
     with pytest.raises(ConfigError, match=r"sample\.sampler must be one of ddim, .* for method ddpm, not 'langevin'"):
         configs.load(None, ["sample.sampler=langevin"])

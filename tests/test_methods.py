@@ -16,8 +16,8 @@ from alphabar.core import analytic, data, guidance, losses, score_matching, vari
 from alphabar.nets import checkpoint
 from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
-from alphabar.tools import methods, sample, sampling, train, trainer
-from alphabar.tools.config import METHODS, SAMPLERS, SDES, Config, ConfigError, Sample
+from alphabar.tools import families, methods, sample, sampling, train, trainer
+from alphabar.tools.config import GAUSSIAN, METHODS, SAMPLERS, SDES, Config, ConfigError, Sample
 from alphabar.tools.methods import Process
 
 SMALL = ["model.channels=8", "model.blocks=1", "model.attention=4", "model.groups=4", "train.batch=6", "train.warmup=1"]
@@ -114,7 +114,7 @@ def test_times_drawn_by_importance_have_the_same_expectation_and_less_variance(m
 
 def test_simple_weighting_counts_every_level_alike() -> None:
     """A network that answers 0 has the loss E ε² = 1 at small and at large noise. Eq: S0-C8."""
-    for method in METHODS:
+    for method in GAUSSIAN:
         process = Process(config(method))
         example = process.example(batch(4000), seed=0, step=0)
         value = process.loss(np.zeros_like(example.x_t), example)[0]
@@ -125,7 +125,7 @@ def test_simple_weighting_counts_every_level_alike() -> None:
 # ------------------------------------------------------------------------------------------------------- what the network sees
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GAUSSIAN)
 def test_the_network_reads_inputs_of_unit_variance(images: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """x_t/√(a² + n²) of data with unit variance, at the level that it is told; for ddpm and vpsde that is x_t itself."""
     process = Process(config(method))
@@ -171,7 +171,7 @@ class Exact:
         return lambda y: of
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GAUSSIAN)
 def test_every_sampler_of_every_method_draws_the_data_of_an_exact_network(method: str) -> None:
     """Levels, times, input, prior and sampler fit together: images come out with the mean and deviation of the data."""
     process = Process(config(method, *(["diffusion.levels=60"] if method == "ncsn" else [])))
@@ -425,7 +425,7 @@ def test_the_hybrid_loss_is_that_of_core_and_its_weights_are_p2() -> None:
     example = process.example(batch(), seed=3, step=5)
     output = np.random.default_rng(1).standard_normal((64, 4, 4, 2), np.float32)
     s: Any = process.levels
-    simple = variance.p2_weight(example.times, s)
+    simple = losses.p2_weight(example.times, s)
     want = variance.hybrid_loss(output, example.target, example.times, s, x0=example.x0, simple_weight=simple)
     for a, b in zip(process.loss(output, example), want, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -473,17 +473,20 @@ def test_a_checkpoint_from_before_there_were_methods_is_ddpm(images: Path) -> No
 
 
 def test_names_are_the_same_everywhere() -> None:
-    assert tuple(methods.METHODS) == METHODS
+    assert tuple(methods.METHODS) == GAUSSIAN and tuple(families.FAMILIES) == METHODS == tuple(SAMPLERS)
     assert {name for names in SAMPLERS.values() for name in names} == set(configs.STEPS)
-    assert set(sampling.TABLES) | {"flow", "langevin"} == set(configs.STEPS)
+    assert set(sampling.TABLES) | {"flow", "langevin"} == set(configs.CONTINUOUS)
 
 
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["method=nscn"], "method must be one of ddpm, ncsn, vpsde, vesde, subvpsde, not 'nscn'; the nearest is 'ncsn'"),
+        (
+            ["method=nscn"],
+            "not 'nscn'; the nearest is 'ncsn'",
+        ),
         (["diffusion.levels=9"], "diffusion.levels goes with the method ncsn, not with ddpm"),
-        (["method=ncsn", "diffusion.T=1000"], "diffusion.T goes with the method ddpm, not with ncsn"),
+        (["method=ncsn", "diffusion.T=1000"], "diffusion.T goes with the methods ddpm, multinomial, d3pm"),
         (["method=vpsde", "diffusion.sigma_max=9"], "diffusion.sigma_max goes with the methods ncsn, vesde, not with vpsde"),
         (["method=vesde", "diffusion.beta_max=9"], "diffusion.beta_max goes with the methods vpsde, subvpsde, not with vesde"),
         (["method=ncsn", "train.importance=false"], "goes with the methods ddpm, vpsde, vesde, subvpsde, not with ncsn"),

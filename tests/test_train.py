@@ -23,7 +23,7 @@ from alphabar.core import data, losses
 from alphabar.kernels.arrays import to_numpy
 from alphabar.nets import checkpoint
 from alphabar.tools import config as configs
-from alphabar.tools import runs, sampling, train, trainer
+from alphabar.tools import families, learner, runs, sampling, train, trainer
 from alphabar.tools.config import Sample
 from tests import fake_cupy
 
@@ -343,7 +343,7 @@ def test_what_is_not_finite_stops_the_run_and_is_named(
         if where == "weight":
             t.net.params["conv_in.weight"].data[0, 0, 0, 0] = np.nan
         elif where == "data":
-            monkeypatch.setattr(trainer, "to_unit", lambda u: np.full(u.shape, np.inf, np.float32))
+            monkeypatch.setattr(learner, "to_unit", lambda u: np.full(u.shape, np.inf, np.float32))
         else:
             weighted = losses.weighted_loss
             monkeypatch.setattr(losses, "weighted_loss", lambda *a: (weighted(*a)[0], weighted(*a)[1] * np.float32(np.inf)))
@@ -473,6 +473,9 @@ def test_as_a_script_it_is_the_same_program(tmp_path: Path) -> None:
         (["train.weighting=min_snr"], "dpm++"),
         (["train.loss=hybrid", "train.importance=true", "train.weighting=p2"], "learned"),
         (["method=ncsn", "diffusion.sigma_max=9", "diffusion.levels=6"], "langevin"),
+        (["method=multinomial"], "ancestral"),
+        (["method=d3pm", "diffusion.states=9"], "ancestral"),
+        (["method=d3pm", "diffusion.transition=gaussian", "diffusion.states=9"], "ancestral"),
         (["method=subvpsde", "train.weighting=likelihood"], "pc"),
         (["method=vesde", "diffusion.sigma_max=9", "train.weighting=likelihood", "train.importance=false"], "flow"),
     ],
@@ -486,7 +489,9 @@ def test_training_and_sampling_on_arrays_that_refuse_numpy(
     settings = [f"{k}={v}" for k, v in SETTINGS.items()] + ["model.channels=8,16", "data.flip=true", *own]
 
     def run(xp: Any) -> tuple[Any, ...]:
-        made = trainer.Trainer(configs.load(None, settings), data.load("digits"), xp)
+        digits = data.load("digits")
+        config = configs.load(None, settings)
+        made = trainer.Trainer(families.of(config).resolved(config, digits), digits, xp)
         losses = [made.step().loss for _ in range(3)]
         arrays, _ = made.state()
         chosen = sampling.sampler(made.process, Sample(sampler, 0 if sampler == "flow" else 2, tolerance=0.1))

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import alphabar
 
 COMMANDS = {
-    "train": ("alphabar.tools.train", "train a model; with no argument, on handwritten digits"),
+    "train": ("alphabar.tools.train", "train a model on images or text; with no argument, on handwritten digits"),
     "train-classifier": ("alphabar.tools.train_classifier", "train a classifier of a run's noised images, to guide samples by"),
-    "sample": ("alphabar.tools.sample", "draw images from a checkpoint"),
+    "sample": ("alphabar.tools.sample", "draw images or text from a checkpoint"),
     "edit": ("alphabar.tools.edit", "encode, interpolate, vary, inpaint and restore images with a checkpoint"),
-    "evaluate": ("alphabar.tools.evaluate", "tell the likelihood of images under a checkpoint, in bits per dimension"),
+    "evaluate": ("alphabar.tools.evaluate", "tell the likelihood of images or text under a checkpoint, in bits"),
     "make-dataset": ("alphabar.tools.make_dataset", "make a data set from a folder of images or from IDX files"),
-    "info": ("alphabar.tools.info", "tell what a checkpoint, a data set or a run holds"),
+    "info": ("alphabar.tools.info", "tell what a checkpoint, a data set, a text or a run holds"),
     "check": ("alphabar.tools.check", "show the grid, the coefficients and the faults of a sampler, or of a diffusers file"),
     "equations": ("alphabar.tools.equations", "the documents' equations, with their functions and tests"),
     "demo": ("alphabar.tools.demo", "compute and draw what the documents claim, one picture each"),

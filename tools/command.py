@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
@@ -134,6 +135,21 @@ def real(low: float, high: float) -> Callable[[str], float]:
 
     parse.__name__ = "number"
     return parse
+
+
+def outputs(given: list[Path] | None, usual: Sequence[str], suffixes: Sequence[str] = (".h5", ".png")) -> dict[str, Path]:
+    """The files that --out names, by their suffix, or the ``usual`` ones. UserError for one that cannot be."""
+    found: dict[str, Path] = {}
+    for path in given or map(Path, usual):
+        suffix = path.suffix.lower()
+        if suffix not in suffixes:
+            raise UserError(f"--out must end in {' or '.join(suffixes)}, not {str(path)!r}")
+        if suffix in found:
+            raise UserError(f"--out names two {suffix} files")
+        if not path.parent.is_dir():
+            raise UserError(f"--out {path}: there is no folder {path.parent}")
+        found[suffix] = path
+    return found
 
 
 def device(text: str) -> tuple[ModuleType, str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from alphabar.core import text
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range."""
@@ -25,14 +27,28 @@ STEPS = {  # the number of steps of each sampler unless one is given; 0 where th
     "pc": 125,  # each with its corrections
     "flow": 0,  # adaptive
     "langevin": 5,  # at each noise level
+    "ancestral": 100,
 }
-GENERAL = tuple(name for name in STEPS if name not in ("langevin", "learned"))  # they run on the levels of any process
+GENERAL = tuple(name for name in STEPS if name not in ("langevin", "learned", "ancestral"))  # for the levels of any process
+CONTINUOUS = tuple(name for name in STEPS if name != "ancestral")  # samplers whose states are real numbers
+GAUSSIAN = ("ddpm", "ncsn", *SDES)  # methods of Gaussian noise on images
+DISCRETE = ("multinomial", "d3pm")  # methods whose states are whole numbers
+EMBEDDED = ("diffusion-lm",)  # methods of Gaussian noise on learned embeddings of text
 SAMPLERS = {  # of each method; the first one is its own
     "ddpm": (*GENERAL, "learned"),  # with train.loss=hybrid the last one
     "ncsn": ("langevin", *GENERAL),
     **dict.fromkeys(SDES, ("pc", *(name for name in GENERAL if name != "pc"))),
+    **dict.fromkeys(DISCRETE, ("ancestral",)),
+    **dict.fromkeys(EMBEDDED, ("ddpm", "ddim")),
 }
 METHODS = tuple(SAMPLERS)
+SCHEDULES = {  # of each method that has one; the first one is its own
+    "ddpm": ("linear", "scaled_linear", "cosine", "sigmoid"),
+    **dict.fromkeys(DISCRETE, ("cosine", "linear", "reciprocal")),
+    **dict.fromkeys(EMBEDDED, ("sqrt", "cosine", "linear")),
+}
+TRANSITIONS = {"absorbing": "reciprocal", "uniform": "cosine", "gaussian": "linear", "nearest": "cosine"}  # and their schedules
+NETWORKS = {"images": "unet", "text": "transformer"}  # of each kind of data, unless one is given
 ORDERS = ("dpm", "dpm++", "dpm++sde", "ab", "deis", "unipc")  # samplers of a chosen order
 CHURNED = ("euler", "heun", "kdpm2")
 
@@ -43,33 +59,43 @@ def _setting(
     high: float | None = None,
     choices: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its range, low ≤ value ≤ high, or its choices; ``only``: the methods or samplers that it belongs to."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices, "only": only})
+    """A field with its range, low ≤ value ≤ high, or its choices; ``only``: the methods or samplers that it belongs to.
+
+    ``methods``: where that are samplers, the methods that it belongs to besides.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices, "only": only, "methods": methods})
 
 
 @dataclass(frozen=True)
 class Data:
-    path: str = _setting("digits")  # a built-in name or an HDF5 file
+    path: str = _setting("digits")  # a built-in name, an HDF5 file of images or a text file (.txt)
     split: str = _setting("train", choices=("train", "test", "all"))
-    flip: bool = _setting(False)  # mirror half of the images left to right
+    length: int = _setting(128, 1, 1 << 20, only=("text",))  # letters of one window
+    flip: bool = _setting(False, only=("images",))  # mirror half of the images left to right
 
 
 @dataclass(frozen=True)
 class Model:
-    channels: tuple[int, ...] = _setting((32, 64), 1, 8192)  # one entry for each resolution
-    blocks: int = _setting(2, 1, 16)  # residual blocks at each resolution
-    attention: tuple[int, ...] = _setting((0,), 0, 8192)  # sides of images with self-attention; 0 is the lowest resolution
-    groups: int = _setting(8, 1, 1024)
+    network: str = _setting("auto", choices=("auto", "unet", "transformer"))  # auto: a U-Net of images, a transformer of text
+    channels: tuple[int, ...] = _setting((32, 64), 1, 8192, only=("unet",))  # one entry for each resolution
+    blocks: int = _setting(2, 1, 16, only=("unet",))  # residual blocks at each resolution
+    attention: tuple[int, ...] = _setting((0,), 0, 8192, only=("unet",))  # at images of these sides; 0: the lowest resolution
+    groups: int = _setting(8, 1, 1024, only=("unet",))
     dropout: float = _setting(0.0, 0.0, 0.99)
-    scale_shift: bool = _setting(False)
+    scale_shift: bool = _setting(False, only=("unet",))
+    width: int = _setting(192, 1, 8192, only=("transformer",))
+    layers: int = _setting(4, 1, 256, only=("transformer",))
+    heads: int = _setting(6, 1, 256, only=("transformer",))
+    positions: str = _setting("rotary", choices=("rotary", "learned"), only=("transformer",))
     conditional: bool = _setting(True)  # learn the classes, where the data have labels
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    schedule: str = _setting("linear", choices=("linear", "scaled_linear", "cosine", "sigmoid"), only=("ddpm",))
-    T: int = _setting(1000, 1, 1_000_000, only=("ddpm",))
+    schedule: str = _setting("auto", choices=(*dict.fromkeys(sum(SCHEDULES.values(), ())), "auto"), only=tuple(SCHEDULES))
+    T: int = _setting(1000, 1, 1_000_000, only=tuple(SCHEDULES))
     rescale: bool = _setting(False, only=("ddpm",))  # multiply the betas by 1000/T, so that T is no change of the process
     prediction: str = _setting("eps", choices=("eps", "x0", "v"), only=("ddpm",))
     sigma_min: float = _setting(0.01, 1e-6, 1e6, only=("ncsn", "vesde"))  # noise levels, of data in [-1, 1]
@@ -77,6 +103,11 @@ class Diffusion:
     levels: int = _setting(0, 0, 100_000, only=("ncsn",))  # 0: as many as one level needs to overlap the next
     beta_min: float = _setting(0.1, 1e-6, 1e4, only=("vpsde", "subvpsde"))  # beta(t) rises linearly between these, t in [0, 1]
     beta_max: float = _setting(20.0, 1e-6, 1e4, only=("vpsde", "subvpsde"))
+    transition: str = _setting("absorbing", choices=tuple(TRANSITIONS), only=("d3pm",))
+    states: int = _setting(0, 0, 256, only=DISCRETE)  # equally spaced levels of an image; 0: as few as hold its values exactly
+    features: int = _setting(16, 1, 8192, only=EMBEDDED)  # numbers of an embedding
+    sigma0: float = _setting(1e-4, 1e-9, 1.0, only=EMBEDDED)  # deviation of x_0 from the embedding
+    neighbours: int = _setting(3, 1, 255, only=("d3pm",))  # of the transition nearest: to so many states each state is joined
 
 
 @dataclass(frozen=True)
@@ -91,8 +122,9 @@ class Train:
     warmup: int = _setting(100, 0, 10**9)  # steps; never more than a fifth of all
     decay: str = _setting("cosine", choices=("cosine", "linear", "constant"))
     loss: str = _setting("simple", choices=("simple", "hybrid"), only=("ddpm",))  # hybrid: the variance is learned too
-    weighting: str = _setting("simple", choices=("simple", "min_snr", "p2", "likelihood"))
+    weighting: str = _setting("simple", choices=("simple", "min_snr", "p2", "likelihood"), only=GAUSSIAN)
     importance: str = _setting("auto", choices=("auto", "true", "false"), only=("ddpm", *SDES))
+    hybrid: float = _setting(-1.0, -1.0, 1000.0, only=DISCRETE)  # λ of the cross-entropy beside the bound; below 0: the method's
     weight_decay: float = _setting(0.0, 0.0, 10.0)
     clip: float = _setting(1.0, 0.0)  # global norm of the gradient; 0 = no clipping
     ema: float = _setting(0.999, 0.0, 0.999999)
@@ -119,12 +151,18 @@ class Sample:
     tolerance: float = _setting(1e-4, 1e-12, 1.0, only=("flow",))
     order: int = _setting(2, 1, 4, only=ORDERS)
     churn: float = _setting(0.0, 0.0, 1e6, only=CHURNED)  # S_churn: noise added ahead of each step
-    threshold: float = _setting(0.0, 0.0, 1.0)  # dynamic thresholding of x0 at this quantile; 0: x0 is clipped to [-1, 1]
-    guidance: float = _setting(0.5, -1.0, 1000.0)  # w in (1 + w)·eps_c − w·eps_u
-    rescale: float = _setting(0.0, 0.0, 1.0)  # φ of the guided answer rescaled to the deviation of eps_c
-    interval_low: float = _setting(0.0, 0.0, 1e9)  # guide only where the noise level n/a is between these
-    interval_high: float = _setting(0.0, 0.0, 1e9)  # 0: no limit
-    columns: int = _setting(8, 1, 1000)
+    threshold: float = _setting(0.0, 0.0, 1.0, only=CONTINUOUS, methods=GAUSSIAN)  # quantile that bounds x0; 0: clip to [-1, 1]
+    guidance: float = _setting(0.5, -1.0, 1000.0, methods=(*GAUSSIAN, *DISCRETE))  # w in (1 + w)·eps_c − w·eps_u
+    rescale: float = _setting(0.0, 0.0, 1.0, only=CONTINUOUS, methods=GAUSSIAN)  # φ: guided answer to the deviation of eps_c
+    interval_low: float = _setting(0.0, 0.0, 1e9, only=CONTINUOUS, methods=GAUSSIAN)  # guide only where n/a is between these
+    interval_high: float = _setting(0.0, 0.0, 1e9, only=CONTINUOUS, methods=GAUSSIAN)  # 0: no limit
+    temperature: float = _setting(1.0, 0.01, 100.0, only=("ancestral",))  # the logits are divided by it
+    clamp: float = _setting(1.0, 0.0, 1.0, methods=EMBEDDED)  # x0 becomes the nearest embedding in this last share of the times
+    resample: int = _setting(1, 1, 1000, methods=EMBEDDED)  # visits of each level where blanks are filled in, as RePaint makes
+    fluency: float = _setting(0.01, 0.0, 1e6, methods=EMBEDDED)  # λ of log p(x_{t−1}|x_t) beside a classifier's log p(c|x_{t−1})
+    control_steps: int = _setting(3, 0, 10_000, methods=EMBEDDED)  # gradient steps of the control by a classifier, at each level
+    control_rate: float = _setting(0.1, 0.0, 1e6, methods=EMBEDDED)  # their size
+    columns: int = _setting(8, 1, 1000)  # of a sheet; of text, how many samples are on it
 
 
 @dataclass(frozen=True)
@@ -146,10 +184,56 @@ RANGES: dict[str, Any] = TOP | {f"{s}.{f.name}": f.metadata for s, cls in SECTIO
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple[int, ...]: "whole numbers"}
 
 
+def data_kind(config: Config) -> str:
+    """ "images" or "text": what the data of ``config`` are, by their path."""
+    return "text" if is_text(config.data.path) else "images"
+
+
+def is_text(path: str) -> bool:
+    """Whether a path, or the name of built-in data, is that of a text."""
+    return path in text.BUILT_IN or path.lower().endswith(".txt")
+
+
 def belongs(config: Config, key: str) -> bool:
-    """Whether a setting means something for the method or, one of [sample], for the sampler of ``config``."""
-    only = RANGES[key]["only"]
-    return not only or (sampler(config) if key.startswith("sample.") else config.method) in only
+    """Whether a setting means something for the method of ``config``, its sampler, its network or its kind of data."""
+    return _stranger(config, key) is None
+
+
+def _stranger(config: Config, key: str) -> tuple[str, tuple[str, ...], str] | None:
+    """Where ``config`` does not take a setting: (what it goes with, which of them, the one that ``config`` has); else None."""
+    only, methods = RANGES[key]["only"], RANGES[key]["methods"]
+    word, mine = _owner(config, key)
+    if only and mine not in only:
+        return word, only, mine
+    return ("method", methods, config.method) if methods and config.method not in methods else None
+
+
+def _owner(config: Config, key: str) -> tuple[str, str]:
+    """What the setting ``key`` may go with, and which of these ``config`` has."""
+    owners = {"sample": ("sampler", sampler), "model": ("network", network), "data": ("data", data_kind)}
+    word, of = owners.get(key.partition(".")[0], ("method", lambda config: config.method))
+    return word, of(config)
+
+
+def network(config: Config) -> str:
+    """The kind of network of ``config``: that of its data where it says "auto"."""
+    return NETWORKS[data_kind(config)] if config.model.network == "auto" else config.model.network
+
+
+def schedule(config: Config) -> str:
+    """The name of the schedule of ``config``: that of its method, or of its transition, where it says "auto"."""
+    if config.diffusion.schedule != "auto" or config.method not in SCHEDULES:
+        return config.diffusion.schedule
+    return TRANSITIONS[config.diffusion.transition] if config.method == "d3pm" else SCHEDULES[config.method][0]
+
+
+def completed(config: Config) -> Config:
+    """``config`` with the names that it leaves to its method and its data, none of which need the data themselves."""
+    model = dataclasses.replace(config.model, network=network(config))
+    diffusion = dataclasses.replace(config.diffusion, schedule=schedule(config))
+    return dataclasses.replace(
+        config, model=model, diffusion=diffusion, sample=dataclasses.replace(config.sample, sampler=sampler(config))
+    )
 
 
 def sampler(config: Config) -> str:
@@ -310,31 +394,47 @@ def _checked(key: str, value: Any) -> Any:
     return value
 
 
-def load(file: str | Path | None, words: Iterable[str], base: Config | None = None) -> Config:
-    """The configuration of a run: ``base`` or the defaults, then a TOML file, then the settings of the command line; checked."""
+def load(
+    file: str | Path | None, words: Iterable[str], base: Config | None = None, over: Mapping[str, Any] | None = None
+) -> Config:
+    """A run's configuration: ``base`` or the defaults, a TOML file, settings on the command line, those ``over`` it; checked.
+
+    ``over`` holds values by key, ``{"train.steps": 5}``.
+    """
     config = base or Config()
     if file is not None:
         config = from_file(file, config)
-    flat = _from_words(words)
+    flat = _from_words(words) | dict(over or {})
     return check(_with(config, flat), flat)
 
 
 def check(config: Config, given: Iterable[str] = ()) -> Config:
-    """``config``, or ConfigError for a sampler or a setting that its method, or its sampler, does not take.
+    """``config``, or ConfigError for a sampler or another setting that its method, sampler, network or data do not take.
 
-    A setting of another method passes where it has its default value and is not among the ``given`` ones.
+    A setting of another one passes where it has its default value and is not among the ``given`` ones.
     """
     names, key = SAMPLERS[config.method], sampler(config)
     if key not in names:
         raise ConfigError(f"sample.sampler must be one of {', '.join(names)} for method {config.method}, not {key!r}")
     if key == "learned" and config.train.loss != "hybrid":
         raise ConfigError("the sampler learned needs a network that has learned its variance (train.loss=hybrid)")
+    kind, net = data_kind(config), network(config)
+    if config.method in GAUSSIAN and kind != "images":
+        raise ConfigError(f"method {config.method} is for images, not for text: {', '.join(DISCRETE)} are for both")
+    if kind == "text" and net != "transformer":
+        raise ConfigError(f"model.network must be transformer for text, not {net!r}")
+    if config.method in EMBEDDED and kind != "text":
+        raise ConfigError(f"method {config.method} is for text, not for images: data.path=kjv, or a file .txt")
+    if config.method in GAUSSIAN and net != "unet":
+        raise ConfigError(f"model.network must be unet for method {config.method}, not {net!r}")
+    if config.method in SCHEDULES and schedule(config) not in SCHEDULES[config.method]:
+        allowed = ", ".join(SCHEDULES[config.method])
+        raise ConfigError(f"diffusion.schedule must be one of {allowed} for method {config.method}, not {schedule(config)!r}")
     default, given = Config(), set(given)
     for key in (k for k in RANGES if k not in TOP):
         section, _, name = key.partition(".")
         changed = getattr(getattr(config, section), name) != getattr(getattr(default, section), name)
-        if (changed or key in given) and not belongs(config, key):
-            only = RANGES[key]["only"]
-            kind, mine = ("sampler", sampler(config)) if section == "sample" else ("method", config.method)
-            raise ConfigError(f"{key} goes with the {kind}{'s' * (len(only) > 1)} {', '.join(only)}, not with {mine}")
+        if (changed or key in given) and (wrong := _stranger(config, key)) is not None:
+            word, only, mine = wrong
+            raise ConfigError(f"{key} goes with the {word}{'s' * (len(only) > 1)} {', '.join(only)}, not with {mine}")
     return config

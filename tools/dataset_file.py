@@ -1,4 +1,4 @@
-"""Writing an HDF5 file of images, block by block."""
+"""Writing an HDF5 file of images, block by block, or of tokens."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +54,21 @@ def write(
                     raise ValueError(f"the blocks hold {written} bytes, want {size}")
                 raw.flush()
                 os.fsync(raw.fileno())
+    except RuntimeError as e:  # so h5py names an error of the disk where it closes a file
+        raise OSError(str(e)) from e
+    return path
+
+
+def write_tokens(path: Path, tokens: np.ndarray, alphabet: str, attributes: Mapping[str, Any]) -> Path:
+    """Write `tokens` uint8 (N, L), places in the attribute `alphabet`. The file appears under its name when it is whole."""
+    import h5py
+
+    try:
+        with replacing(path) as temporary, h5py.File(temporary, "w", libver="v110") as f:
+            f.create_dataset("tokens", data=tokens, track_times=False)
+            f.attrs["alphabet"] = alphabet
+            for key, value in attributes.items():
+                f.attrs[key] = value
     except RuntimeError as e:  # so h5py names an error of the disk where it closes a file
         raise OSError(str(e)) from e
     return path

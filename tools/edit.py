@@ -12,7 +12,7 @@ from alphabar.core.data import DataError, to_uint8, to_unit
 from alphabar.core.metrics import per_dimension_mse
 from alphabar.kernels import counter, streams
 from alphabar.kernels.arrays import to_numpy
-from alphabar.tools import dataset_file, editor, pictures, trained
+from alphabar.tools import command, dataset_file, editor, pictures, trained
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
 from alphabar.tools.config import Config
 from alphabar.tools.editor import METHODS, ONLY, Batch, Job
@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Edit or restore images; returns the exit code."""
     options = _parser().parse_args(argv)
     xp, where = device(options.device)
-    outputs = _outputs(options.out)
-    path, net, config, classes, step = trained.load(options.checkpoint, options.raw_weights, xp)
-    process, shape = Process(config), (*net.config["image_size"], net.config["in_channels"])
+    outputs = command.outputs(options.out, ("edit.png",))
+    network = trained.load(options.checkpoint, options.raw_weights, xp)
+    net, config, classes = network.net, network.config, network.classes
+    process, shape = Process(config), network.shape
     job = _job(options, process, shape)
     measured = getattr(options, "measured", False)
     wanted = _operator(options, shape).shape_out if measured else shape
@@ -68,12 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         pixels = {name: to_uint8(np.concatenate(row)) for name, row in found.items()}
     except ValueError as e:
         raise Failure(f"the images could not be edited: {e}") from e
-    title = f"{path.name}, {job.title}, seed {options.seed}"
+    title = f"{network.path.name}, {job.title}, seed {options.seed}"
     try:
         if ".png" in outputs:
             _draw(job, pixels, title, outputs[".png"])
         if ".h5" in outputs:
-            about = {"checkpoint": path.name, "step": step, "mode": options.mode, "what": job.title, "seed": options.seed}
+            about = {
+                "checkpoint": network.path.name,
+                "step": network.step,
+                "mode": options.mode,
+                "what": job.title,
+                "seed": options.seed,
+            }
             about |= {"weights": "raw" if options.raw_weights else "average", "guidance": options.guidance}
             _write(job, pixels, labels, classes, about, outputs[".h5"])
     except OSError as e:
@@ -204,24 +211,10 @@ def _strengths(text: str) -> tuple[float, ...]:
     return values
 
 
-def _outputs(given: list[Path] | None) -> dict[str, Path]:
-    outputs: dict[str, Path] = {}
-    for path in given or [Path("edit.png")]:
-        suffix = path.suffix.lower()
-        if suffix not in (".h5", ".png"):
-            raise UserError(f"--out must end in .h5 or .png, not {str(path)!r}")
-        if suffix in outputs:
-            raise UserError(f"--out names two {suffix} files")
-        if not path.parent.is_dir():
-            raise UserError(f"--out {path}: there is no folder {path.parent}")
-        outputs[suffix] = path
-    return outputs
-
-
 # ------------------------------------------------------------------------------------------------------------------------ jobs
 
 
-def _job(options: Any, process: Process, shape: tuple[int, int, int]) -> Job:
+def _job(options: Any, process: Process, shape: tuple[int, ...]) -> Job:
     try:
         if options.mode == "reconstruct":
             return editor.reconstruct(process, options.steps, options.label)
@@ -262,7 +255,7 @@ def _what(options: Any) -> str:
     }[options.mode]
 
 
-def _operator(options: Any, shape: tuple[int, int, int]) -> operators.Operator:
+def _operator(options: Any, shape: tuple[int, ...]) -> operators.Operator:
     if options.mode == "inpaint":
         return operators.Mask(_mask(options.mask, shape, options.seed), shape)
     if options.mode == "super-resolve":
@@ -274,7 +267,7 @@ def _operator(options: Any, shape: tuple[int, int, int]) -> operators.Operator:
     return operators.grey(shape)
 
 
-def _mask(text: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+def _mask(text: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Where the image is known (H, W, 1)."""
     height, width, _ = shape
     known, (h, w) = np.ones((height, width, 1), bool), (height // 4, width // 4)

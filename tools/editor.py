@@ -12,10 +12,9 @@ from alphabar.core import editing, guidance, inpainting, inverse, operators, sam
 from alphabar.kernels import streams
 from alphabar.nets import products
 from alphabar.nets.unet import UNet
-from alphabar.tools.methods import Process
+from alphabar.tools.methods import CLIP, Process
 
 Array = Any
-CLIP = (-1.0, 1.0)  # of the predicted x0: the range of the data
 ROUNDING = 0.0023  # the deviation of rounding to 8 bits
 FLOOR = 0.01  # the least noise of a measurement that the gradient methods are told: rounding to 8 bits, errors of the network
 METHODS = {"repaint": 50, "replacement": 100, "ddrm": 100, "pigdm": 100, "moment": 50, "dps": 200}  # and their steps

@@ -1,4 +1,4 @@
-"""`alphabar evaluate`: the likelihood of images under a trained network, in bits per dimension."""
+"""`alphabar evaluate`: the likelihood of images or text under a trained network, in bits per dimension or per character."""
 
 import json
 import math
@@ -11,13 +11,15 @@ import numpy as np
 
 import alphabar
 from alphabar.core import bound, data, flow
-from alphabar.core.chain import Chain, chain
+from alphabar.core.chain import chain
 from alphabar.core.data import Dataset, to_unit
+from alphabar.core.text import Text
 from alphabar.nets import products
-from alphabar.tools import trained
+from alphabar.tools import bits, evaluate_states, evaluate_words, sources, trained
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
+from alphabar.tools.config import DISCRETE, EMBEDDED
 from alphabar.tools.files import replacing
-from alphabar.tools.methods import Process
+from alphabar.tools.methods import CLIP
 from alphabar.tools.progress import Progress
 from alphabar.tools.trained import Trained
 
@@ -25,11 +27,15 @@ EXAMPLES = """examples:
   alphabar evaluate runs/digits-001 --bits                        the variational bound of 256 test images, term by term
   alphabar evaluate runs/digits-001 --bits --n 360 --terms 20     20 of the 1000 terms for each image, an unbiased estimate
   alphabar evaluate runs/digits-001 --bits --method flow --out flow.json
+  alphabar evaluate runs/kjv-001 --bits --n 64 --terms 50         windows of the test text, beside the entropies of its letters
 The bound is one on -log2 P of the 8-bit images, with the predicted x0 clipped to [-1, 1]. The flow gives the density of
 dequantised images x = (u + U)/128 - 1, U uniform on [0, 1): -log2 p(x)/d + 7 is, in the mean over U, a bound as well.
 Image k of the shuffled split and its noise follow from the seed and k alone: --batch and --n change none of the others.
 """
-CLIP = (-1.0, 1.0)
+BOUNDS = {  # of methods that have their own
+    **dict.fromkeys(DISCRETE, evaluate_states.bound),
+    **dict.fromkeys(EMBEDDED, evaluate_words.bound_of_text),
+}
 Array = Any
 Model = Callable[[Array, Array], Array]
 
@@ -42,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
     xp, where = device(options.device)
     network = trained.load(options.checkpoint, options.raw_weights, xp)
-    images = _images(options, network)
-    n = min(256, len(images)) if options.n is None else options.n
-    if n > len(images):
-        raise UserError(f"--n must be at most {len(images)}, the images of the split {options.split}, not {n}")
-    rows = data.order(len(images), n, 0, options.seed)
+    images = _samples(options, network)
+    unit, there = sources.UNITS[sources.kind(images)], len(images.windows if isinstance(images, Text) else images)
+    n = min(256, there) if options.n is None else options.n
+    if n > there:
+        raise UserError(f"--n must be at most {there}, the {unit} of the split {options.split}, not {n}")
+    rows = data.order(there, n, 0, options.seed)
     labels, given = _labels(options.classes, network, images, rows)
     report: dict[str, Any] = {
         "checkpoint": network.path.name,
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trained_by": network.config.method,
         "data": images.name,
         "split": options.split,
-        "images": n,
+        unit: n,
         "dimensions": math.prod(images.shape),
         "given": given,
         "seed": options.seed,
@@ -63,16 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "method": options.method,
         "alphabar": alphabar.__version__,
     }
-    work = _Work(network, images, rows, labels, options)
     try:
-        results, lines = work.bound() if options.method == "bound" else work.flow()
+        if network.config.method in BOUNDS:
+            results, lines = BOUNDS[network.config.method](network, images, rows, labels, options)
+        else:
+            work = _Work(network, images, rows, labels, options)
+            results, lines = work.bound() if options.method == "bound" else work.flow()
     except (ValueError, ImportError) as e:
         raise Failure(f"the likelihood could not be computed: {e}") from e
     report |= results
     if not options.quiet:
         shape = "×".join(map(str, images.shape))
         weights = "" if options.raw_weights else "averaged "
-        print(f"{images.name}, {options.split}: {n:,} of {len(images):,} images {shape}, {given}")
+        print(f"{images.name}, {options.split}: {n:,} of {there:,} {unit} {shape}, {given}")
         print(f"{network.path.name}: {weights}weights after {network.step:,} steps of {network.config.method}, on {where}\n")
         print("\n".join(lines))
     if options.out is not None:
@@ -91,7 +101,7 @@ class _Work:
 
     def __init__(self, network: Trained, images: Dataset, rows: np.ndarray, labels: np.ndarray | None, options: Any) -> None:
         self.net, self.images, self.rows, self.labels, self.options = network.net, images, rows, labels, options
-        self.process, self.d = Process(network.config), math.prod(images.shape)
+        self.process, self.d = network.process, math.prod(images.shape)
         self.predict = self.process.predict(self.net.predict)
         if options.t_min is not None and not 0 < options.t_min < self.process.levels.T:
             raise UserError(f"--t-min must be in (0, {self.process.levels.T:g}), not {options.t_min:g}")
@@ -120,26 +130,18 @@ class _Work:
                 if not np.isfinite(parts[-1].nats).all():
                     raise ValueError("the bound of some images is not a number, for the network's answers are none")
         whole = bound.Bound.join(parts)
-        terms = _terms(whole, c)
-        bits, errors = whole.term_bits
         results = {
-            "bits_per_dimension": whole.bits,
-            "standard_error": _number(whole.error),
-            "steps": len(c),
+            **bits.report(whole),
             "eta": c.eta,
             "variance": c.variance,
             "decoder_variance": float(c.p_variance[1]),
             "terms_for_each_image": o.terms,
             "decoder": "discrete: 256 values, cells of 2/255 open at the ends",
             "clip": "x0 to [-1, 1]",
-            "terms": terms,
-            "t": c.t[1:].tolist(),
-            "bits_of_terms": bits.tolist(),
-            "errors_of_terms": [_number(e) for e in errors],
         }
-        lines = [f"{'term':<28} {'bits/dim':>9}   {'± s.e.':>7}"]
-        lines += [_line(term["name"], term["bits"], term["standard_error"]) for term in terms]
-        lines.append(_line("bound on -log2 P", whole.bits, whole.error))
+        lines = [bits.HEAD]
+        lines += [bits.line(term["name"], term["bits"], term["standard_error"]) for term in results["terms"]]
+        lines.append(bits.line("bound on -log2 P", whole.bits, whole.error))
         sampled = "" if o.terms is None else f", {o.terms} of the KL terms for each image"
         lines += ["", f"{len(c):,} steps{sampled}, eta {c.eta:g}, variance of p: {variance}; draws: {o.draws}, seed {o.seed}"]
         return results, lines
@@ -171,14 +173,14 @@ class _Work:
                     log_prob[start : start + len(images)] += answer.log_prob / o.draws
                     evaluations.append(answer.evaluations)
                     bar.advance(len(images))
-        bits = flow.bits_per_dimension(log_prob, self.d, flow.OFFSET)
-        error = float(bits.std(ddof=1) / np.sqrt(bits.size)) if bits.size > 1 else math.nan
+        found = flow.bits_per_dimension(log_prob, self.d, flow.OFFSET)
+        mean, error = float(found.mean()), float(found.std(ddof=1) / np.sqrt(found.size)) if found.size > 1 else math.nan
         t_min = s.t_min if o.t_min is None else o.t_min
         sigma = float(s.sigma_bar_at(t_min))
         nfe = float(np.mean(evaluations))
         results = {
-            "bits_per_dimension": float(bits.mean()),
-            "standard_error": _number(error),
+            "bits_per_dimension": mean,
+            "standard_error": bits.number(error),
             "trace": o.trace,
             "projections": None if exact else o.projections,
             "tolerance": o.tolerance,
@@ -189,7 +191,7 @@ class _Work:
         }
         how = "exact trace" if exact else f"Hutchinson's trace, {o.projections} projection{'s' if o.projections > 1 else ''}"
         lines = [
-            _line("-log2 p", float(bits.mean()), error),
+            bits.line("-log2 p", mean, error),
             "",
             "of images dequantised to x = (u + U)/128 - 1, U uniform on [0, 1): -log2 p(x)/d + 7",
             f"{how}, tolerance {o.tolerance:g}, {nfe:.0f} evaluations of the network a batch; draws: {o.draws}, seed {o.seed}",
@@ -207,41 +209,13 @@ def _count(bar: Progress, images: int, done: int, calls: int) -> None:
     bar.advance(images)
 
 
-def _terms(b: bound.Bound, c: Chain) -> list[dict[str, Any]]:
-    """L_0, the KL terms summed over each decade of t, L_T."""
-    t = c.t[2:]
-    decade = np.ceil(np.round(np.log10(t), 9)).astype(int)
-    groups = [("L_0", c.t[1:2], b.decoder)]
-    for k in np.unique(decade):
-        at = np.flatnonzero(decade == k)
-        low, high = t[at[0]], t[at[-1]]
-        name = f"t = {low:.4g}" if low == high else f"t = {low:.4g}..{high:.4g}"
-        groups.append((f"L_t-1, {name}", t[at], b.terms[1 + at].sum(axis=0)))
-    groups.append(("L_T", c.t[-1:], b.prior))
-    terms = []
-    for name, times, nats in groups:
-        mean, error = b.bits_of(nats)
-        ends = {"t_from": float(times[0]), "t_to": float(times[-1])}
-        terms.append({"name": name, **ends, "bits": float(mean), "standard_error": _number(float(error))})
-    return terms
-
-
-def _line(name: str, bits: float, error: float | None) -> str:
-    unknown = error is None or math.isnan(error)
-    return f"{name:<28} {bits:>9.4f} ± {'unknown' if unknown else f'{error:7.4f}'}"
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _images(options: Any, network: Trained) -> Dataset:
-    images = data.load(options.data or network.config.data.path, options.split)
-    want = (*network.net.config["image_size"], network.net.config["in_channels"])
-    if images.shape != want:
-        by, wanted = ("×".join(map(str, shape)) for shape in (images.shape, want))
-        raise UserError(f"{images.name} holds images of {by}, the network is for {wanted}")
-    return images
+def _samples(options: Any, network: Trained) -> Any:
+    """The images or the text to evaluate."""
+    samples = sources.load(network.config, options.split, options.data)
+    if samples.shape != network.shape:
+        by, wanted = ("×".join(map(str, shape)) for shape in (samples.shape, network.shape))
+        raise UserError(f"{samples.name} holds {sources.UNITS[sources.kind(samples)]} of {by}, the network is for {wanted}")
+    return samples
 
 
 def _labels(text: str, network: Trained, images: Dataset, rows: np.ndarray) -> tuple[np.ndarray | None, str]:
@@ -265,7 +239,7 @@ def _parser() -> Parser:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, run folder (its newest one) or folder of runs")
     parser.add_argument("--bits", action="store_true", required=True, help="the likelihood in bits per dimension")
     parser.add_argument("--method", choices=("bound", "flow"), default="bound", help="variational bound or probability flow")
-    parser.add_argument("--data", metavar="FILE", help="HDF5 data set or a built-in name; default: the run's")
+    parser.add_argument("--data", metavar="FILE", help="HDF5 data set, text file or a built-in name; default: the run's")
     parser.add_argument("--split", choices=tuple(data.SPLITS), default="test", help="default: test")
     parser.add_argument("--n", type=integer(1, 10**9), help="number of images, drawn from the split (default 256, or all)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`alphabar info`: what a checkpoint, a data set or a run folder holds."""
+"""`alphabar info`: what a checkpoint, a data set, a text or a run folder holds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core import data
+from alphabar.core import data, ngram, text
 from alphabar.nets import checkpoint
-from alphabar.tools import runs
+from alphabar.tools import config as configs
+from alphabar.tools import runs, sources
 from alphabar.tools.command import Parser, program
 
 
@@ -16,9 +17,11 @@ from alphabar.tools.command import Parser, program
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe a file or a folder; returns the exit code."""
     parser = Parser(prog="alphabar info", description=__doc__)
-    parser.add_argument("path", help=f"checkpoint, HDF5 data set, run folder, or built-in data set: {', '.join(data.BUILT_IN)}")
+    parser.add_argument("path", help=f"checkpoint, HDF5 data set, text file, run folder, or one of {', '.join(sources.BUILT_IN)}")
     path = Path(parser.parse_args(argv).path)
-    if str(path) in data.BUILT_IN or not (path.is_dir() or _is_checkpoint(path)):
+    if configs.is_text(str(path)):
+        lines = _text(path)
+    elif str(path) in data.BUILT_IN or not (path.is_dir() or _is_checkpoint(path)):
         lines = _dataset(path)
     else:
         lines = _run(path) if path.is_dir() else _checkpoint(*runs.read(path))
@@ -56,13 +59,25 @@ def _dataset(path: Path) -> list[tuple[str, Any]]:
     return [*lines, ("sha256", everything.sha256)]
 
 
+def _text(path: Path) -> list[tuple[str, Any]]:
+    train, test = (text.load(path, split, 1) for split in ("train", "test"))
+    entropies = (f"{ngram.entropy(train.tokens, n, train.states):.3f}" for n in (1, 2, 3))
+    return [
+        ("text", train.name),
+        ("letters", f"{len(train.tokens):,} train, {len(test.tokens):,} test, of {train.states}: {train.alphabet!r}"),
+        ("entropy", f"{', '.join(entropies)} bits a letter, given 0, 1, 2 letters before it"),
+        ("begins", train.decode(train.tokens[:60])),
+        ("sha256", train.sha256),
+    ]
+
+
 def _checkpoint(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> list[tuple[str, Any]]:
     groups: dict[str, list[np.ndarray]] = {}
     for name, a in arrays.items():
         groups.setdefault(name.partition("/")[0], []).append(a)
     lines: list[tuple[str, Any]] = [("checkpoint", path), ("kind", meta.get("kind")), ("step", f"{meta.get('step', 0):,}")]
     lines += [(f"{g}/", f"{len(of):,} arrays, {sum(a.size for a in of):,} numbers") for g, of in groups.items()]
-    for key in ("seed", "alphabar", "error", "data", "model", "config"):
+    for key in ("seed", "alphabar", "error", "property", "data", "model", "config"):
         if isinstance(value := meta.get(key), dict):
             lines += [(f"{key}.{name}", _plain(v)) for name, v in value.items()]
         elif value is not None:

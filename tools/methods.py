@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core import forward, langevin, losses, schedules, variance
-from alphabar.core.data import Dataset, to_unit
+from alphabar.core import forward, langevin, losses, samplers, schedules, variance
+from alphabar.core.data import Dataset, to_uint8, to_unit
 from alphabar.core.exchange import lift
 from alphabar.core.levels import Ladder, Levels, Schedule, Tabulated
 from alphabar.core.sde import SDE, VESDE, VPSDE, SubVPSDE
@@ -30,6 +30,7 @@ from alphabar.tools.config import Config, ConfigError, Diffusion
 
 Array = Any
 Predict = Callable[..., Array]
+CLIP = (-1.0, 1.0)  # of the predicted x0: the range of the data
 T = 1000.0  # the time that networks of the SDEs are told at the end
 BELOW_T = ("dpm", "dpm++", "dpm++sde", "deis", "unipc")  # samplers that take fewer steps than there are levels
 PAIRED = 1000  # images among which the largest distance is sought
@@ -59,6 +60,9 @@ class Process:
     """A method with its settings: all that the trainer and the samplers know of it. ConfigError where the settings do not fit."""
 
     def __init__(self, config: Config) -> None:
+        if config.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise ConfigError(f"this needs a network that takes Gaussian noise off images ({known}), not method {config.method}")
         method, self.name = METHODS[config.method], config.method
         try:
             self.levels = method.levels(config.diffusion)
@@ -95,7 +99,7 @@ class Process:
         """(t, weight) of n images: the weight on mean(F − target)², None for 1 everywhere.
 
         simple      the score's error times λ = n², so that ‖F − ε‖² counts alike at all levels. Eq: S0-C8, S0-E44, S4-E68
-        min_snr     :func:`alphabar.core.losses.min_snr_weight`; p2: :func:`alphabar.core.variance.p2_weight`
+        min_snr     :func:`alphabar.core.losses.min_snr_weight`; p2: :func:`alphabar.core.losses.p2_weight`
         likelihood  ½∫g²·(the score's error)² dt of the bound on the likelihood, in nats per dimension.
                     In terms of ε the weight is ½·g²/n² = d ln σ̄/dt, σ̄ = n/a. With ``importance`` t is drawn so that ln σ̄ is
                     uniform, and the weight is ln σ̄(T) − ln σ̄(t_min) for every image (Song et al. 2021, maximum likelihood
@@ -121,7 +125,7 @@ class Process:
         s = self.levels
         assert isinstance(s, Tabulated)
         if self.weighting == "p2":
-            return variance.p2_weight(times, s, prediction=self.prediction)
+            return losses.p2_weight(times, s, prediction=self.prediction)
         return losses.min_snr_weight(times, s, prediction=self.prediction)
 
     def loss(self, output: Array, example: Example) -> tuple[Array, Array]:
@@ -147,6 +151,15 @@ class Process:
             return x
         return x * lift(1 / np.hypot(*self.levels.levels(to_numpy(t))), x)
 
+    def prior(self, net: Any, n: int, seed: int, first_sample: int) -> Array:
+        """x_T of ``n`` images of a network's size, numbered from ``first_sample``."""
+        shape = (n, *net.config["image_size"], net.config["in_channels"])
+        return samplers.prior(shape, seed, first_sample, xp=net.params.xp, std=self.levels.prior_std)
+
+    def decoded(self, net: Any, x: Array) -> Array:
+        """Images as uint8. ValueError where one is not a number."""
+        return to_uint8(x)
+
     def predict(self, predict: Predict, whole: bool = False) -> Predict:
         """A network's ``predict(x, t, y)`` for states x of the process; of (prediction, v) the prediction unless ``whole``."""
 
@@ -167,11 +180,12 @@ class Process:
 
 
 def _schedule(d: Diffusion) -> Schedule:
-    if d.schedule == "cosine":
+    name = "linear" if d.schedule == "auto" else d.schedule
+    if name == "cosine":
         if d.rescale:
             raise ValueError("rescale does nothing for the cosine schedule: set it to false")
         return schedules.cosine(d.T)
-    return getattr(schedules, d.schedule)(d.T, rescale=d.rescale)
+    return getattr(schedules, name)(d.T, rescale=d.rescale)
 
 
 def _ladder(d: Diffusion) -> Ladder:
@@ -196,6 +210,7 @@ def resolved(config: Config, data: Dataset) -> Config:
     σ_max is the largest distance between two images (of at most 1000, three digits), the levels overlap as they should:
     techniques 1 and 2 of Song & Ermon 2020. Eq: S4-C16.
     """
+    config = configs.completed(config)
     d, s = config.diffusion, config.sample
     if not d.sigma_max and configs.belongs(config, "diffusion.sigma_max"):
         images, _, _ = data.batch(0, min(len(data), PAIRED))
@@ -208,9 +223,9 @@ def resolved(config: Config, data: Dataset) -> Config:
         except ValueError as e:
             raise ConfigError(f"[diffusion]: {e}") from e
         d = dataclasses.replace(d, levels=found.ladder.T)
-    config, name = dataclasses.replace(config, diffusion=d), configs.sampler(config)
-    steps = s.steps or own_steps(Process(config).levels, name)
-    return dataclasses.replace(config, sample=dataclasses.replace(s, sampler=name, steps=steps))
+    config = dataclasses.replace(config, diffusion=d)
+    steps = s.steps or own_steps(Process(config).levels, s.sampler)
+    return dataclasses.replace(config, sample=dataclasses.replace(s, steps=steps))
 
 
 def own_steps(s: Levels, sampler: str) -> int:

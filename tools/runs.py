@@ -3,7 +3,7 @@
 runs/<name>/config.toml     the resolved configuration
             env.json        versions, machine, threads, commit and command line of every start
             metrics.jsonl   one line a log step
-            samples/*.png   previews and the last sheet
+            samples/        previews and the last sheet: .png of images, .txt of text
             loss.png        the curve
             ckpt/step_*.h5  the newest checkpoints
 """

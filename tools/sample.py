@@ -1,46 +1,51 @@
-"""`alphabar sample`: draw images from a trained checkpoint, to HDF5 and PNG."""
+"""`alphabar sample`: draw images from a trained checkpoint, to HDF5 and PNG; or text."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alphabar.core.levels import Levels
+from alphabar.tools import (
+    command,
+    dataset_file,
+    gamma,
+    pictures,
+    sample_options,
+    sample_text,
+    sampling,
+    train_classifier,
+    trained,
+)
 from alphabar.tools import config as configs
-from alphabar.tools import dataset_file, gamma, pictures, sampling, train_classifier, trained
-from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
-from alphabar.tools.config import Config, Sample
+from alphabar.tools.command import Failure, UserError, device, program
 from alphabar.tools.methods import Process
 from alphabar.tools.progress import Progress
 from alphabar.tools.trained import Trained
 
-EXAMPLES = """examples:
-  alphabar sample runs/digits-001                                    64 images, every class in turn
-  alphabar sample runs/digits-001 --class 3 --n 16 --out threes.png
-  alphabar sample runs/digits-001/ckpt/step_00001500.h5 --n 1000 --steps 50 --class all --out digits.h5
-  alphabar sample runs/digits-001 --sampler dpm++ --steps 12 --guidance 0.5
-  alphabar sample runs/digits-001 --sampler unipc --order 3 --steps 10 --spacing logsnr
-  alphabar sample runs/digits-001 --sampler ddpm --steps 25 --analytic --spacing optimal
-  alphabar sample runs/digits-001 --guidance 4 --rescale 0.7 --interval 0.2 3
-  alphabar sample runs/digits-001 --classifier runs/digits-001/classifier.h5 --classifier-weight 2 --class 8
-  alphabar sample runs/digits-002 --sampler pc --steps 200 --set sample.snr=0.2
-Image k follows from the seed, k and its class alone: --batch and --n change none of the others.
-"""
 ROWS, COLUMNS = 20, 20  # of a sheet, at most
 
 
 @program("sample")
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw samples; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = sample_options.parser().parse_args(argv)
     xp, where = device(options.device)
-    outputs = _outputs(options.out)
     network = trained.load(options.checkpoint, options.raw_weights, xp)
-    path, net, config, classes, step = network
-    chosen, process = _chosen(options, config), Process(config)
-    by = _by_classifier(options, network, process, xp)
+    kind = configs.data_kind(network.config)
+    options.n = options.n or sample_options.N[kind]
+    return sample_text.draw(options, network, where) if kind == "text" else _images(options, network, xp, where)
+
+
+def _images(options: Any, network: Trained, xp: Any, where: str) -> int:
+    """Draw images."""
+    outputs = command.outputs(options.out, ("samples.h5", "samples.png"))
+    if options.infill is not None:
+        raise UserError("--infill goes with networks of text, not of images")
+    net, process, classes = network.net, network.process, network.classes
+    chosen = sample_options.chosen(options, network.config)
+    by = _by_classifier(options, network, xp)
     known = classes or (by.classes if by else ())
     labels = _labels(options.classes, known, options.n)
     if options.guidance and (labels is None or not classes):
@@ -78,16 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             at += len(block)
             yield block
 
-    attributes = {
-        "checkpoint": path.name,
-        "step": step,
-        "weights": "raw" if options.raw_weights else "average",
-        "method": config.method,
-        **{k: v for k, v in configs.to_dict(chosen)["sample"].items() if k not in ("guidance", "columns")},
-        "guidance": weight,
-        "seed": options.seed,
-        "clip": "none" if chosen.sample.sampler == "flow" else "x0 to [-1, 1], eps re-derived",
-    }
+    attributes = {**sample_options.stated(options, network, chosen), "guidance": weight, "seed": options.seed}
+    if isinstance(process, Process):
+        attributes["clip"] = "none" if chosen.sample.sampler == "flow" else "x0 to [-1, 1], eps re-derived"
     if chosen.sample.threshold:
         attributes["clip"] = f"x0 at the quantile {chosen.sample.threshold:g} of each image, eps re-derived"
     if options.spacing:
@@ -98,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         attributes["classifier"] = options.classifier.name
         attributes |= {f"classifier_{k}": getattr(options, f"classifier_{k}") for k in ("weight", "form")}
     columns = {} if labels is None else {"labels": labels.astype(np.uint8 if len(classes) <= 256 else np.int32)}
-    shape = (options.n, *net.config["image_size"], net.config["in_channels"])
+    shape = (options.n, *network.shape)
     try:
         with Progress("sampling", options.n * sampler.rows, 0, options.quiet, "image step") as bar:
             if ".h5" in outputs:
@@ -109,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ".png" in outputs:
             guides = [f", w = {weight:g}"] * bool(net.config["classes"] and names)
             guides += [f", classifier × {options.classifier_weight:g}"] * bool(by)
-            title = f"{path.name}, {sampler.name}{''.join(guides)}, seed {options.seed}"
+            title = f"{network.path.name}, {sampler.name}{''.join(guides)}, seed {options.seed}"
             tiles = np.stack([kept[k] for k in shown])
             width = len(shown) // min(len(names), ROWS) if names else min(COLUMNS, len(shown))
             pictures.write(pictures.sheet(tiles, width, names[:ROWS], title), outputs[".png"])
@@ -124,114 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="alphabar sample", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, run folder (its newest one) or folder of runs")
-    parser.add_argument("--sampler", choices=tuple(configs.STEPS), help="default: the run's; langevin is for method ncsn only")
-    parser.add_argument(
-        "--steps", type=integer(1, 10**6), help="default: the run's, or the sampler's own; of langevin, those at each noise level"
-    )
-    parser.add_argument("--eta", type=real(0, 1), help="0 is deterministic DDIM, 1 is ancestral (ddim only)")
-    parser.add_argument("--order", type=integer(1, 4), help=f"of {', '.join(configs.ORDERS)} (default 2)")
-    parser.add_argument(
-        "--spacing",
-        choices=sampling.SPACINGS,
-        help="of the times, or of the noise levels: karras, logsnr; default: the sampler's; optimal goes with --analytic",
-    )
-    parser.add_argument(
-        "--analytic",
-        action="store_true",
-        help=f"the best variance for this network (Analytic-DPM), of {', '.join(sampling.ANALYTIC)}; what it needs is measured"
-        f" once, on {gamma.IMAGES} images of the run, and kept in the checkpoint",
-    )
-    parser.add_argument(
-        "--threshold", type=real(0, 1), metavar="P", help="dynamic thresholding of x0 at this quantile, such as 0.995"
-    )
-    parser.add_argument(
-        "--guidance",
-        type=real(-1, 1000),
-        metavar="W",
-        help="w in (1 + w)·eps_c - w·eps_u: 0 is none; default: the run's, with --classifier 0",
-    )
-    parser.add_argument("--rescale", type=real(0, 1), metavar="PHI", help="of the guided answer, against over-exposure")
-    parser.add_argument(
-        "--interval", type=real(0, 1e9), nargs=2, metavar=("LOW", "HIGH"), help="guide only where the noise level n/a is in it"
-    )
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="guide by a classifier of alphabar train-classifier")
-    parser.add_argument("--classifier-weight", type=real(0, 1000), default=1.0, metavar="W", help="of its gradient (default 1)")
-    parser.add_argument(
-        "--classifier-form", choices=sampling.FORMS, default="score", help="score (default): any sampler; mean: one with noise"
-    )
-    parser.add_argument(
-        "--class", dest="classes", default="all", help="all (in turn), none, or names or numbers such as 3 or 1,4"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of [sample], e.g. sample.snr=0.2"
-    )
-    parser.add_argument("--n", type=integer(1, 10**9), default=64, help="number of images (default 64)")
-    parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0)
-    parser.add_argument("--batch", type=integer(1, 1 << 20), default=64, help="images at a time: changes speed and memory only")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help=".h5 or .png, once for each; default: samples.h5 and samples.png",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--raw-weights", action="store_true", help="the last weights instead of their running average")
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    return parser
-
-
-def _outputs(given: list[Path] | None) -> dict[str, Path]:
-    outputs: dict[str, Path] = {}
-    for path in given or [Path("samples.h5"), Path("samples.png")]:
-        suffix = path.suffix.lower()
-        if suffix not in (".h5", ".png"):
-            raise UserError(f"--out must end in .h5 or .png, not {str(path)!r}")
-        if suffix in outputs:
-            raise UserError(f"--out names two {suffix} files")
-        if not path.parent.is_dir():
-            raise UserError(f"--out {path}: there is no folder {path.parent}")
-        outputs[suffix] = path
-    return outputs
-
-
-def _chosen(options: Any, config: Config) -> Config:
-    """The configuration with what the options say of sampling; another sampler than the run's begins with its own settings."""
-    words = list(options.set)
-    for word in words:
-        if not word.startswith("sample."):
-            raise UserError(f"--set takes settings of [sample] here, such as sample.snr=0.2, not {word!r}")
-    given = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "order", "threshold", "guidance", "rescale")}
-    if options.interval is not None:
-        given["interval_low"], given["interval_high"] = options.interval
-    if options.classifier is not None and options.guidance is None:
-        given["guidance"] = 0.0
-    words += [f"sample.{name}={value}" for name, value in given.items() if value is not None]
-    old, new = configs.sampler(config), configs.sampler(configs.from_words(words, config))
-    if new != old:
-        s = config.sample
-        steps = s.steps if configs.STEPS[new] == configs.STEPS[old] else 0
-        kept = {name: getattr(s, name) for name in ("guidance", "rescale", "interval_low", "interval_high")}
-        config = dataclasses.replace(config, sample=Sample(sampler=new, steps=steps, **kept))
-    return configs.load(None, words, config)
-
-
-def _by_classifier(options: Any, network: Trained, process: Process, xp: Any) -> train_classifier.Noisy | None:
+def _by_classifier(options: Any, network: Trained, xp: Any) -> train_classifier.Noisy | None:
     """The classifier asked for; UserError where it was trained on other states or classes."""
     if options.classifier is None:
         for name, usual in (("weight", 1.0), ("form", "score")):
             if getattr(options, f"classifier_{name}") != usual:
                 raise UserError(f"--classifier-{name} goes with --classifier")
         return None
+    if not isinstance(network.process, Process):
+        raise UserError(f"--classifier goes with networks that take Gaussian noise off images, not with {network.config.method}")
     by, net = train_classifier.load(options.classifier, xp), network.net
     for what, mine, theirs in (
         ("images", net.config["image_size"], by.net.config["image_size"]),
         ("channels", net.config["in_channels"], by.net.config["in_channels"]),
         ("classes", network.classes or by.classes, by.classes),
-        ("noise levels", _levels_of(process.levels), _levels_of(by.process.levels)),
+        ("noise levels", _levels_of(network.process.levels), _levels_of(by.process.levels)),
     ):
         if mine != theirs:
             raise UserError(f"--classifier {options.classifier}: it knows other {what} than this network")

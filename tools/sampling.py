@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 
 from alphabar.core import analytic, guidance, langevin, ode, predictor_corrector, samplers, tables, variance
-from alphabar.core.data import to_uint8
 from alphabar.core.levels import Ladder, Levels
 from alphabar.core.sde import VESDE
 from alphabar.kernels.arrays import array_module, native, to_numpy
-from alphabar.nets.unet import UNet
 from alphabar.tools.config import CHURNED, ORDERS, SAMPLERS, Sample
-from alphabar.tools.methods import Process, own_steps
+from alphabar.tools.methods import CLIP, Process, own_steps
+from alphabar.tools.networks import Network
 
 Array = Any
 Model = Callable[[Array, Array], Array]
-CLIP = (-1.0, 1.0)  # of the predicted x0: the range of the data
 
 TABLES: dict[str, Callable[..., tables.Table]] = {
     "ddim": tables.ddim,
@@ -63,14 +61,18 @@ class Sampler:
     learned: bool = False
 
 
-def sampler(process: Process, settings: Sample, spacing: str | None = None, gamma: analytic.Gamma | None = None) -> Sampler:
+def sampler(process: Any, settings: Sample, spacing: str | None = None, gamma: analytic.Gamma | None = None) -> Sampler:
     """The sampler that ``settings`` ask for, on the levels of a process. ValueError for steps or spacing that it cannot take.
+
+    A process of another kind than :class:`~alphabar.tools.methods.Process` brings its own sampler, and its own guidance.
 
     A step count of 0 is the sampler's own. All but "flow" clip the predicted x0 to the range of the data, or bound it by
     ``settings.threshold``, and re-derive ε from it; the corrections of "pc" take the network's score as it is. With ``gamma`` the
     steps have the best variance for the network that it was measured on, in the place of their own; ``spacing`` "optimal" needs
     it too, and is the path of the least bound for ddpm, or for ddim with its eta.
     """
+    if not isinstance(process, Process):
+        return process.sampler(settings, spacing, gamma)
     s, name, prediction = process.levels, settings.sampler, process.prediction
     if name == "auto":
         name = "learned" if process.learned else SAMPLERS[process.name][0]
@@ -200,8 +202,10 @@ class _Split:
         return whole
 
 
-def guided(process: Process, net: UNet, chosen: Sampler, y: Array | None, how: Guide) -> tuple[Model, dict[str, Any]]:
+def guided(process: Any, net: Network, chosen: Sampler, y: Array | None, how: Guide) -> tuple[Model, dict[str, Any]]:
     """(model(x, t) of samples with labels y, options of the sampler's run). ValueError for a form that it cannot take."""
+    if not isinstance(process, Process):
+        return process.guided(net, chosen, y, how)
     s = process.levels
     predict = process.predict(net.predict, whole=chosen.learned)
     mean = _Split(predict) if chosen.learned else predict
@@ -226,8 +230,8 @@ def guided(process: Process, net: UNet, chosen: Sampler, y: Array | None, how: G
 
 
 def draw(
-    process: Process,
-    net: UNet,
+    process: Any,
+    net: Network,
     chosen: Sampler,
     labels: np.ndarray | None,
     n: int,
@@ -236,28 +240,32 @@ def draw(
     batch: int = 64,
     progress: Callable[[int], Any] | None = None,
     how: Guide | None = None,
+    known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-    """``n`` images as blocks uint8 (≤ batch, H, W, C). Image k follows from (seed, k, labels[k]) alone.
+    """``n`` samples as blocks uint8 (≤ batch, …): images (H, W, C), or tokens. Sample k follows from (seed, k, labels[k]) alone.
 
     labels (n,), or None for a network without classes, or for one with classes the null class. weight: that of classifier-free
-    guidance; ``how``, in its place, says more. progress(images): called after each step with the number of images in the batch.
+    guidance; ``how``, in its place, says more. progress(samples): called after each step with the size of the batch. known:
+    (values, mask) of one sample, the part of it that is given, where the sampler can fill in the rest.
     Raises ValueError where a sample is not a number. (The steps of "flow" are chosen for a whole batch: there an image follows
     from its batch within the tolerance.)
     """
-    xp, shape = net.params.xp, (*net.config["image_size"], net.config["in_channels"])
+    xp = net.params.xp
     for start in range(0, n, batch):
         size = min(batch, n - start)
         y = None if labels is None else xp.asarray(labels[start : start + size])
         model, options = guided(process, net, chosen, y, how or Guide(weight))
+        if known is not None:
+            options["known"] = tuple(xp.asarray(np.broadcast_to(part, (size, *part.shape))) for part in known)
         x = chosen.run(
             model,
-            samplers.prior((size, *shape), seed, start, xp=xp, std=process.levels.prior_std),
+            process.prior(net, size, seed, start),
             seed=seed,
             first_sample=start,
             progress=None if progress is None else partial(_count, progress, size),
             **options,
         )
-        yield to_numpy(to_uint8(x))
+        yield to_numpy(process.decoded(net, x))
 
 
 def _count(progress: Callable[[int], Any], images: int, done: int, rows: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from alphabar.nets import checkpoint
-from alphabar.tools import pictures, sampling
+from alphabar.tools import sampling, sheets, sources
 from alphabar.tools.command import Failure
 from alphabar.tools.config import ConfigError
 from alphabar.tools.progress import Progress
@@ -87,26 +87,28 @@ class Session:
                 f"{self.run.checkpoints}: {self.failed_saves} checkpoints in a row could not be written: stopped at step {done}"
             )
 
-    def sheet(self, path: Path, progress: Any = None) -> None:
-        """Draw a sheet of samples from the averaged weights: a row for each class."""
+    def sheet(self, name: str, progress: Any = None) -> Path:
+        """Draw a sheet of samples from the averaged weights, images with a row for each class; returns its file."""
         t, s = self.trainer, self.trainer.config.sample
         classes = t.data.classes[:ROWS] if t.conditional else ()
-        n = s.columns * (len(classes) or s.columns)
+        n = s.columns * (len(classes) or (s.columns if sources.kind(t.data) == "images" else 1))
         labels = np.repeat(np.arange(len(classes)), s.columns) if classes else None
         try:
             with t.averaged() as net:
                 chosen = (t.process, net, self.sampler, labels, n, t.config.train.seed)
-                images = np.concatenate(list(sampling.draw(*chosen, batch=n, progress=progress, how=sampling.guide(s))))
+                drawn = np.concatenate(list(sampling.draw(*chosen, batch=n, progress=progress, how=sampling.guide(s))))
         except ValueError as e:
             raise Failure(f"no samples could be drawn: {e}") from e
         title = f"{self.run.path.name}, step {t.done}: {self.sampler.name}" + (f", w = {s.guidance:g}" if classes else "")
-        self.attempt("a sheet of samples", lambda: pictures.write(pictures.sheet(images, s.columns, classes, title), path))
+        path = (self.run.samples / name).with_suffix(sheets.SUFFIX[sources.kind(t.data)])
+        self.attempt("a sheet of samples", sheets.write, t.data, drawn, s.columns, classes, title, path)
+        return path
 
     def steps(self, stop: Stop) -> None:
         """Train to the last step, or to the end of the step in which a signal came."""
         trainer, log, total = self.trainer, self.log, self.trainer.config.train.steps
         losses: list[float] = []
-        seconds = 0.0
+        seconds, unit = 0.0, sources.UNITS[sources.kind(trainer.data)]
         with Progress("training", total, trainer.done, self.quiet) as bar:
             while trainer.done < total and not stop.signal:
                 start = time.perf_counter()
@@ -115,15 +117,16 @@ class Session:
                 losses.append(step.loss)
                 last = trainer.done == total or bool(stop.signal)
                 if trainer.done % log.every == 0 or last:
-                    record = _record(trainer.done, losses, step, len(losses) * trainer.config.train.batch / seconds)
+                    speed = len(losses) * trainer.config.train.batch / seconds
+                    record = _record(trainer.done, losses, step, unit, speed)
                     self.attempt("a line of metrics.jsonl", self.run.log, record)
-                    bar.note(f"loss {record['loss']:.4f}, {record['images_per_s']:,.0f} images/s")
+                    bar.note(f"loss {record['loss']:.4f}, {speed:,.0f} {unit}/s")
                     losses, seconds = [], 0.0
                 bar.advance()
                 if trainer.done % log.checkpoints == 0 and not last:
                     self.save()
                 if log.samples and trainer.done % log.samples == 0 and not last:
-                    self.sheet(self.run.samples / f"step_{trainer.done:08d}.png")
+                    self.sheet(f"step_{trainer.done:08d}")
                     self.attempt("loss.png", self.run.draw_curve)
         self.save()
         self.attempt("loss.png", self.run.draw_curve)
@@ -144,12 +147,12 @@ class Session:
             raise Failure(f"{e}. What it worked on is in {path}; the checkpoints before it are untouched") from e
 
 
-def _record(step: int, losses: list[float], last: Step, speed: float) -> dict[str, Any]:
+def _record(step: int, losses: list[float], last: Step, unit: str, speed: float) -> dict[str, Any]:
     return {
         "step": step,
         "loss": sum(losses) / len(losses),
         "grad_norm": last.grad_norm,
         "lr": last.lr,
-        "images_per_s": round(speed, 1),
+        f"{unit}_per_s": round(speed, 1),
         "time": round(time.time(), 3),
     }

@@ -1,4 +1,4 @@
-"""`alphabar train`: train a diffusion model on images and draw a sheet of samples. With no argument: handwritten digits."""
+"""`alphabar train`: train a diffusion model on images or text and draw samples. With no argument: handwritten digits."""
 
 import dataclasses
 import resource
@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from alphabar.core import data
 from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.tools import config as configs
-from alphabar.tools import methods, runs
+from alphabar.tools import families, runs, sources
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program
 from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.progress import Progress
@@ -26,11 +25,13 @@ EXAMPLES = """examples:
   alphabar train                                            handwritten digits, a few minutes on two cores
   alphabar train --data photos.h5 --steps 20000 --set model.channels=64,128,256
   alphabar train --set method=ncsn                          another way to train: ddpm, ncsn, vpsde, vesde, subvpsde
+  alphabar train --set method=d3pm --set diffusion.transition=gaussian    images in grey levels: also multinomial
+  alphabar train --data kjv --set method=d3pm               text: the built-in one, or a .txt file
   alphabar train --set train.loss=hybrid --set train.importance=true      learn the variance of the steps too
   alphabar train --resume auto                              go on with the latest run
   alphabar train --dry-run --set model.blocks=3             what would it cost?
 """
-FIXED = ("method", "model", "diffusion", "train.loss")  # what a resumed run cannot change
+FIXED = ("method", "model", "diffusion", "train.loss", "data.length")  # what a resumed run cannot change
 
 
 @program("train")
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     xp, where = device(options.device)
     found = _to_resume(options)
     config = _config(options, found)
-    dataset = data.load(config.data.path, config.data.split)
-    config = methods.resolved(config, dataset)
+    dataset = sources.load(config)
+    config = families.of(config).resolved(config, dataset)
     if found is not None:
-        _check_fixed(config, found)
-    if config.model.conditional and dataset.labels is None:
+        _check_fixed(config, found, dataset)
+    if config.model.conditional and dataset.labels is None and sources.kind(dataset) == "images":
         _say(options, f"{dataset.name} has no labels: training without classes")
     if found is not None:
         check_data(found[0], found[2], dataset)
@@ -65,7 +66,9 @@ def _parser() -> Parser:
     parser = Parser(prog="alphabar train", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings, such as a run's config.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, e.g. train.lr=1e-3")
-    parser.add_argument("--data", metavar="FILE", help=f"HDF5 data set, or a built-in one: {', '.join(data.BUILT_IN)}")
+    parser.add_argument(
+        "--data", metavar="FILE", help=f"HDF5 data set, text file (.txt), or a built-in one: {', '.join(sources.BUILT_IN)}"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), help="the one number that all randomness follows from")
     parser.add_argument("--steps", type=integer(1, 10**9), help="training steps in all")
@@ -115,19 +118,17 @@ def _config(options: Any, found: Found | None) -> Config:
             base = configs.from_dict(found[2]["config"])
         except ConfigError as e:
             raise CheckpointError(found[0], f"its configuration cannot be used: {e}") from e
-    config = configs.load(options.config, options.set, base)
-    if options.data is not None:
-        config = configs.from_dict({"data": {"path": options.data}}, config)
-    own = {k: v for k, v in (("seed", options.seed), ("steps", options.steps)) if v is not None}
-    config = configs.from_dict({"train": own}, config)
-    if config.data.path not in data.BUILT_IN:  # found again from another directory
+    own = {"data.path": options.data, "train.seed": options.seed, "train.steps": options.steps}
+    config = configs.load(options.config, options.set, base, {k: v for k, v in own.items() if v is not None})
+    if config.data.path not in sources.BUILT_IN:  # found again from another directory
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(Path(config.data.path).absolute())))
     return config
 
 
-def _check_fixed(config: Config, found: Found) -> None:
+def _check_fixed(config: Config, found: Found, dataset: Any) -> None:
     """UserError where a resumed run would change what its checkpoint was trained with."""
     before = configs.from_dict(found[2]["config"])
+    before = families.of(before).resolved(before, dataset)  # what an older version did not write down
     for name in FIXED:
         value = attrgetter(name)
         if value(config) != value(before):
@@ -169,18 +170,18 @@ def _dry_run(trainer: Trainer, where: str) -> int:
     print(configs.to_toml(trainer.config))
     store = trainer.net.params
     print(f"parameters        {store.count:,}")
-    print(f"data              {len(trainer.data):,} images {_shape(trainer.data)}", flush=True)
+    print(f"data              {sources.described(trainer.data)}", flush=True)
     print("measuring a step (kernels are compiled the first time) …", file=sys.stderr, flush=True)
     times = []
     for _ in range(3):
         start = time.perf_counter()
         trainer.step()
         times.append(time.perf_counter() - start)
-    step = min(times[1:])
+    step, unit = min(times[1:]), sources.UNITS[sources.kind(trainer.data)]
     state, work = 5 * store.data.nbytes, trainer.pool.nbytes
     print(f"weights           {state / 2**20:,.0f} MiB with gradient, moments and running average")
     print(f"work arrays       {work / 2**20:,.0f} MiB; {_peak():,.0f} MiB peak of this process")
-    print(f"one step          {step * 1e3:,.1f} ms on {where}, {trainer.config.train.batch / step:,.0f} images/s")
+    print(f"one step          {step * 1e3:,.1f} ms on {where}, {trainer.config.train.batch / step:,.0f} {unit}/s")
     print(f"the whole run     {_clock(step * max(0, trainer.config.train.steps - trainer.done + len(times)))}")
     return 0
 
@@ -206,7 +207,7 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
     except OSError as e:
         raise Failure(f"{run.path}: {e.strerror or e}") from e
     classes = f", {len(trainer.data.classes)} classes" if trainer.conditional else ""
-    _say(options, f"data        {trainer.data.name}: {len(trainer.data):,} images {_shape(trainer.data)}{classes}")
+    _say(options, f"data        {trainer.data.name}: {sources.described(trainer.data)}{classes}")
     _say(options, f"network     {trainer.net.params.count:,} parameters on {where}")
     _say(options, f"run folder  {run.path}" + (f", going on after step {start:,} of {total:,}" if start else ""))
     begun = time.perf_counter()
@@ -218,9 +219,8 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
             _say(options, f"stopped after step {trainer.done:,} of {total:,}; go on with: alphabar train --resume {run.path}")
             return 128 + stop.signal
     trained = time.perf_counter() - begun
-    sheet = run.samples / f"final_{trainer.done:08d}.png"
     with Progress("sampling", session.sampler.rows, 0, options.quiet) as bar:
-        session.sheet(sheet, lambda images: bar.advance())
+        sheet = session.sheet(f"final_{trainer.done:08d}", lambda samples: bar.advance())
     _say(options, f"{trainer.done - start:,} steps in {_clock(trained)}, peak memory {_peak():,.0f} MiB")
     if not options.quiet:
         print(f"samples     {sheet}")
@@ -228,10 +228,6 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
         print(f"checkpoint  {checkpoint.step_path(run.checkpoints, session.saved)}")
         print(f"more        alphabar sample {run.path} --n 100")
     return 0
-
-
-def _shape(dataset: data.Dataset) -> str:
-    return "×".join(map(str, dataset.shape))
 
 
 if __name__ == "__main__":

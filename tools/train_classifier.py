@@ -1,32 +1,27 @@
-"""Train a classifier p(class|x_t) of the noised images of a run, for classifier guidance of its samples."""
+"""Train a classifier p(class|x_t) of the noised images, or of the noised text, of a run, for the guidance of its samples."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import alphabar
-from alphabar import kernels
 from alphabar.core import data, forward
 from alphabar.core.data import Dataset, to_unit
-from alphabar.kernels.arrays import to_numpy
-from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
-from alphabar.nets.classifier import Classifier, cross_entropy
-from alphabar.nets.optim import AdamW, learning_rate
+from alphabar.nets.classifier import Classifier
+from alphabar.tools import classifiers, networks, properties, runs, word_classifier
 from alphabar.tools import config as configs
-from alphabar.tools import runs
-from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
+from alphabar.tools.command import Parser, UserError, device, integer, program, real
 from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.methods import Process
-from alphabar.tools.progress import Progress
-from alphabar.tools.trainer import check_kind, load_weights, network_options
+from alphabar.tools.trainer import check_kind, load_weights
 
-KIND = "alphabar-classifier"
-QUARTERS = 4
-MEASURED = 512  # images that the accuracy is measured on
+EXAMPLES = """examples:
+  alphabar train-classifier runs/digits-001                         the classes of its images
+  alphabar train-classifier runs/kjv-001 --property word:god        text with this word, for a network of method diffusion-lm
+  alphabar train-classifier runs/kjv-001 --property words:8-10 --out short.h5
+"""
 Array = Any
 
 
@@ -49,10 +44,9 @@ class Noisy(NamedTuple):
 
 def load(path: str | Path, xp: Any = np) -> Noisy:
     """The classifier of a file that this program wrote, with averaged weights. CheckpointError with the reason if it is none."""
-    path = Path(path)
-    arrays, meta = checkpoint.load(path)
-    if meta.get("kind") != KIND:
-        raise CheckpointError(path, f"is of kind {meta.get('kind')!r}, want {KIND!r}")
+    path, arrays, meta = classifiers.read(path)
+    if "property" in meta:
+        raise CheckpointError(path, f"is a classifier of text ({meta['property']}), not of images")
     try:
         process, net = Process(configs.from_dict(meta["config"])), Classifier(**meta["model"], xp=xp)
         classes = tuple(map(str, meta["data"]["classes"]))
@@ -65,12 +59,13 @@ def load(path: str | Path, xp: Any = np) -> Noisy:
 @program("train-classifier")
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    parser = Parser(prog="alphabar train-classifier", description=__doc__)
+    parser = Parser(prog="alphabar train-classifier", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or checkpoint: its data and its way of noising them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the classifier (default: classifier.h5 beside the checkpoints)")
-    parser.add_argument("--data", metavar="FILE", help="another data set with the same classes")
+    parser.add_argument("--data", metavar="FILE", help="another data set with the same classes, or another text")
+    parser.add_argument("--property", metavar="WHAT", help=f"what to look for in a window of text: {properties.FORMS}")
     parser.add_argument("--steps", type=integer(1, 10**9), default=1000, help="training steps (default: 1000)")
-    parser.add_argument("--batch", type=integer(1, 1 << 20), default=128, help="images a step (default: 128)")
+    parser.add_argument("--batch", type=integer(1, 1 << 20), default=128, help="images or windows a step (default: 128)")
     parser.add_argument("--lr", type=real(0.0, 10.0), default=1e-3, help="learning rate (default: 1e-3)")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="the one number that all randomness follows from")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
@@ -83,27 +78,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configs.from_dict(meta["config"])
     except ConfigError as e:
         raise CheckpointError(found, f"its configuration cannot be used: {e}") from e
+    if config.method in configs.EMBEDDED:
+        return word_classifier.train(o, found, config, xp)
+    if o.property is not None:
+        raise UserError(f"--property goes with networks of method {', '.join(configs.EMBEDDED)}, not with {config.method}")
     images = data.load(o.data or config.data.path, config.data.split)
     if images.labels is None:
         raise UserError(f"{images.name} has no labels: there is nothing to classify")
     net = _network(config, images, o.seed, xp)
     process = Process(config)
-    optimiser = _train(net, process, config, images, o)
+    optimiser = classifiers.fit(net, lambda k: _batch(process, images, config.data.flip, xp, o, k), o)
     held_out = _test_split(o.data or config.data.path, images)
     with net.params.using(optimiser.ema):
-        accuracy = _accuracy(net, process, held_out, o.seed)
-    path = o.out or (found.parent.parent if found.parent.name == "ckpt" else found.parent) / "classifier.h5"
-    _save(path, net, optimiser, config, images, o.steps, accuracy)
+        size = min(classifiers.MEASURED, len(held_out))
+        accuracy = classifiers.by_quarters(net, _measured(process, held_out, size, xp, o.seed), process.levels.T)
+    path = o.out or classifiers.beside(found)
+    known = {"name": images.name, "sha256": images.sha256, "shape": list(images.shape), "classes": list(images.classes)}
+    classifiers.save(path, net, optimiser, config, known, o.steps, accuracy)
     if not o.quiet:
-        for k, share in enumerate(accuracy):
-            low, high = (i * process.levels.T / QUARTERS for i in (k, k + 1))
-            print(f"accuracy    {share:6.1%} at t in {low:g}..{high:g} (images of the split {held_out.split})")
+        print("\n".join(classifiers.said(accuracy, process.levels.T, f"images of the split {held_out.split}")))
         print(f"classifier  {path}")
     return 0
 
 
 def _network(config: Config, images: Dataset, seed: int, xp: Any) -> Classifier:
-    own = network_options(config, images)
+    own = networks.unet_options(config, images)
     shared = {k: own[k] for k in ("image_size", "in_channels", "channels", "attention", "groups", "dropout", "scale_shift")}
     try:
         return Classifier(**shared, classes=len(images.classes), seed=seed, xp=xp)
@@ -111,25 +110,15 @@ def _network(config: Config, images: Dataset, seed: int, xp: Any) -> Classifier:
         raise ConfigError(f"the run's settings make no classifier: {e}") from e
 
 
-def _train(net: Classifier, process: Process, config: Config, images: Dataset, o: Any) -> AdamW:
-    """AdamW on the cross-entropy of noised images, all times alike."""
-    optimiser, pool, xp = AdamW(net.params, max_norm=1.0, ema_decay=0.999, weight_decay=0.01), kernels.Pool(), net.params.xp
-    with Progress("training", o.steps, 0, o.quiet) as bar:
-        for k in range(o.steps):
-            with pool:
-                batch, labels, _ = images.batch(k, o.batch, o.seed, config.data.flip)
-                x, times = _noised(process, to_unit(xp.asarray(batch)), o.seed, k)
-                logits = net(x, times, step=k)
-                value, gradient = cross_entropy(logits.data, xp.asarray(labels))
-                loss = float(value.mean())
-                net.params.zero_grad()
-                logits.backward(gradient)
-                norm = optimiser.step(learning_rate(k, o.lr, min(100, o.steps // 5), o.steps, "cosine"))
-            if not math.isfinite(loss + norm):
-                raise Failure(f"step {k + 1}: the loss is {loss}, the norm of its gradient {norm}")
-            bar.note(f"loss {loss:.4f}")
-            bar.advance()
-    return optimiser
+def _batch(process: Process, images: Dataset, flip: bool, xp: Any, o: Any, k: int) -> classifiers.Batch:
+    """The noised images of step ``k``, all times alike."""
+    batch, labels, _ = images.batch(k, o.batch, o.seed, flip)
+    return (*_noised(process, to_unit(xp.asarray(batch)), o.seed, k), labels)
+
+
+def _measured(process: Process, images: Dataset, size: int, xp: Any, seed: int) -> classifiers.Batch:
+    batch, labels, _ = images.batch(0, size, seed)
+    return (*_noised(process, to_unit(xp.asarray(batch)), seed, classifiers.MEASURE_STEP), labels)
 
 
 def _noised(process: Process, x0: Array, seed: int, step: int) -> tuple[Array, np.ndarray]:
@@ -144,38 +133,6 @@ def _test_split(path: str, images: Dataset) -> Dataset:
         return data.load(path, "test")
     except data.DataError:
         return images
-
-
-def _accuracy(net: Classifier, process: Process, images: Dataset, seed: int) -> list[float]:
-    """The share of noised images read right, by quarters of the times."""
-    size = min(MEASURED, len(images))
-    batch, labels, _ = images.batch(0, size, seed)
-    x, times = _noised(process, to_unit(net.params.xp.asarray(batch)), seed, 1 << 31)
-    right = to_numpy(net.predict(x, times)).argmax(axis=1) == labels
-    quarter = np.minimum((times * QUARTERS / process.levels.T).astype(int), QUARTERS - 1)
-    return [float(right[quarter == k].mean()) if np.any(quarter == k) else math.nan for k in range(QUARTERS)]
-
-
-def _save(
-    path: Path, net: Classifier, optimiser: AdamW, config: Config, images: Dataset, steps: int, accuracy: list[float]
-) -> None:
-    store = net.params
-    arrays = {f"weights/{n}": a for n, a in store.arrays().items()}
-    with store.using(optimiser.ema):
-        arrays |= {f"ema/{n}": a for n, a in store.arrays().items()}
-    meta = {
-        "kind": KIND,
-        "alphabar": alphabar.__version__,
-        "step": steps,
-        "config": configs.to_dict(config),
-        "model": net.config,
-        "data": {"name": images.name, "sha256": images.sha256, "shape": list(images.shape), "classes": list(images.classes)},
-        "accuracy": [None if math.isnan(a) else a for a in accuracy],
-    }
-    try:
-        checkpoint.save(path, arrays, meta)
-    except OSError as e:
-        raise Failure(f"{path}: {e.strerror or e}") from e
 
 
 if __name__ == "__main__":

@@ -4,22 +4,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alphabar.nets.checkpoint import CheckpointError
-from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
-from alphabar.tools import runs
+from alphabar.tools import families, networks, runs
 from alphabar.tools.command import from_environment
 from alphabar.tools.config import Config
-from alphabar.tools.trainer import check_kind, load_weights
+from alphabar.tools.trainer import check_kind, group_of, load_weights
 
 
 class Trained(NamedTuple):
     """A network with its weights, and what is known of its training."""
 
     path: Path  # the checkpoint file
-    net: UNet
+    net: Any  # a UNet, or another kind of network
     config: Config
     classes: tuple[str, ...]  # their names; none where the network knows no classes
     step: int
+    process: Any  # of its method
+    shape: tuple[int, ...]  # of one sample
 
 
 def load(path: Path, raw_weights: bool, xp: Any) -> Trained:
@@ -31,17 +32,19 @@ def load(path: Path, raw_weights: bool, xp: Any) -> Trained:
     check_kind(path, meta)
     try:
         config = configs.from_dict(meta["config"])
-        net = UNet(**meta["model"], xp=xp)
+        net = networks.build(meta.get("network", "unet"), meta["model"], xp)
         names = tuple(map(str, meta["data"]["classes"]))
+        shape = tuple(map(int, meta["data"].get("shape") or (*net.config["image_size"], net.config["in_channels"])))
+        process = families.of(config).process(config, shape, group_of(arrays, networks.LAW))
     except (TypeError, ValueError, KeyError, IndexError) as e:
         if from_environment(e):
             raise
         raise CheckpointError(path, f"its network or configuration cannot be built: {e}") from e
     load_weights(path, net, arrays, "weights" if raw_weights else "ema")
-    classes = names if net.config["classes"] is not None else ()
+    classes = names if net.config.get("classes") is not None else ()
     if classes and len(classes) != net.config["classes"]:
         raise CheckpointError(path, f"names {len(classes)} classes, its network has {net.config['classes']}")
-    return Trained(path, net, config, classes, meta["step"])
+    return Trained(path, net, config, classes, meta["step"], process, shape)
 
 
 def class_number(text: str, classes: tuple[str, ...]) -> int | None:

@@ -11,19 +11,17 @@ import numpy as np
 
 import alphabar
 from alphabar import kernels
-from alphabar.core import guidance
-from alphabar.core.data import Dataset, to_unit
 from alphabar.kernels.arrays import to_numpy
+from alphabar.nets.autograd import backward
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.nets.optim import AdamW, learning_rate
-from alphabar.nets.unet import UNet
 from alphabar.tools import config as configs
-from alphabar.tools.command import from_environment
-from alphabar.tools.config import Config, ConfigError
-from alphabar.tools.methods import Process
+from alphabar.tools import families, networks, sources
+from alphabar.tools.config import Config
+from alphabar.tools.learner import Attempt
+from alphabar.tools.networks import Network
 
 KIND = "alphabar-training"
-HISTORY = "importance"  # the group of the losses that the times are drawn by
 
 
 @dataclass(frozen=True)
@@ -43,37 +41,12 @@ class NotFinite(ArithmeticError):
         self.arrays = arrays
 
 
-def network_options(config: Config, data: Dataset) -> dict[str, Any]:
-    """Arguments of the network for this configuration and these data."""
-    m, (height, width, channels) = config.model, data.shape
-    doubled = {"out_channels": 2 * channels} if config.train.loss == "hybrid" else {}
-    return {
-        "image_size": (height, width),
-        "in_channels": channels,
-        **doubled,
-        "channels": m.channels,
-        "blocks": m.blocks,
-        "attention": tuple(side or height >> (len(m.channels) - 1) for side in m.attention),
-        "groups": m.groups,
-        "dropout": m.dropout,
-        "scale_shift": m.scale_shift,
-        "classes": len(data.classes) if m.conditional and data.labels is not None else None,
-        "seed": config.train.seed,
-    }
-
-
 class Trainer:
     """A network, its optimiser and the number of steps made. ``step`` makes the next one."""
 
-    def __init__(self, config: Config, data: Dataset, xp: ModuleType = np) -> None:
+    def __init__(self, config: Config, data: Any, xp: ModuleType = np) -> None:
         self.config, self.data, self.xp = config, data, xp
-        self.process = Process(config)
-        try:
-            self.net = UNet(**network_options(config, data), xp=xp)
-        except ValueError as e:
-            if from_environment(e):
-                raise
-            raise ConfigError(f"these settings make no network for images of {data.shape[0]}×{data.shape[1]}: {e}") from e
+        self.learner = families.of(config).learner(config, data, xp)
         t = config.train
         self.optimiser = AdamW(
             self.net.params, weight_decay=t.weight_decay, max_norm=t.clip if t.clip else math.inf, ema_decay=t.ema
@@ -82,50 +55,54 @@ class Trainer:
         self.done = 0
 
     @property
+    def net(self) -> Network:
+        """The network that is trained."""
+        return self.learner.net
+
+    @property
+    def process(self) -> Any:
+        """The process whose states it reads."""
+        return self.learner.process
+
+    @property
     def conditional(self) -> bool:
         """Whether the network knows classes."""
-        return self.net.config["classes"] is not None
+        return self.learner.conditional
 
     def step(self) -> Step:
-        """x0 from the data, an example of the process, one AdamW step on the gradient of its loss. Eq: S1-A1, S4-A1.
+        """The learner's attempt, and one AdamW step on the gradient of its mean loss.
 
         Raises NotFinite, with the weights as they were, where the loss or the gradient is not finite.
         """
-        t, xp, k = self.config.train, self.xp, self.done
+        t, k = self.config.train, self.done
         with self.pool:
-            images, labels, rows = self.data.batch(k, t.batch, t.seed, self.config.data.flip)
-            x0 = to_unit(xp.asarray(images))
-            example = self.process.example(x0, t.seed, k)
-            times, x_t = example.times, self.process.input(example.x_t, example.times)
-            y = None
-            if self.conditional:
-                y = xp.asarray(guidance.drop_condition(labels, self.net.null, t.p_uncond, t.seed, k))
-            output = self.net(x_t, times, y, step=k)
-            value, gradient = self.process.loss(output.data, example)
-            loss = float(value.mean())
+            attempt = self.learner.attempt(k)
+            loss = float(attempt.value.mean())
             if not math.isfinite(loss):
-                self._stop(f"the loss is {loss}", rows, times, {"x_t": x_t, "output": output.data, "loss": value}, False)
+                self._stop(f"the loss is {loss}", attempt, False)
             self.net.params.zero_grad()
-            output.backward(gradient)
+            backward(*attempt.roots)
             lr = learning_rate(k, t.lr, min(t.warmup, t.steps // 5), t.steps, t.decay)
             norm = self.optimiser.step(lr)
             if not math.isfinite(norm):
-                self._stop(f"the norm of the gradient is {norm}", rows, times, {"x_t": x_t, "output": output.data}, True)
-            self.process.learn(example, value)
+                self._stop(f"the norm of the gradient is {norm}", attempt, True)
+            self.learner.learn(attempt)
         self.done += 1
         return Step(loss, norm, lr)
 
-    def _stop(self, what: str, rows: np.ndarray, times: np.ndarray, arrays: dict[str, Any], with_gradient: bool) -> NoReturn:
-        named = {"step/x_t": arrays["x_t"], **{f"weights/{n}": a for n, a in self.net.params.arrays().items()}}
-        named |= {f"step/{n}": a for n, a in arrays.items()}
+    def _stop(self, what: str, attempt: Attempt, with_gradient: bool) -> NoReturn:
+        named = {f"step/{n}": a for n, a in attempt.inputs.items()}
+        named |= {f"weights/{n}": a for n, a in self.net.params.arrays().items()}
+        named |= {f"step/{n}": a for n, a in attempt.outputs.items()}
         if with_gradient:
             named |= {f"gradient/{n}": a for n, a in self.net.params.gradients().items()}
         kept = {n: to_numpy(a).copy() for n, a in named.items()}  # in the order of computation
         bad = next((n for n, a in kept.items() if not np.isfinite(a).all()), None)
         raise NotFinite(
-            f"step {self.done + 1}: {what} (seed {self.config.train.seed}; images {', '.join(map(str, rows[:8]))}, …"
+            f"step {self.done + 1}: {what} (seed {self.config.train.seed};"
+            f" {sources.UNITS[sources.kind(self.data)]} {', '.join(map(str, attempt.rows[:8]))}, …"
             + (f"; the first array that is not finite is {bad})" if bad else ")"),
-            {**kept, "step/rows": rows, "step/t": times},
+            {**kept, "step/rows": attempt.rows, "step/t": attempt.times},
         )
 
     # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -137,14 +114,15 @@ class Trainer:
         for group, flat in saved.items():
             with store.using(flat):
                 arrays |= {f"{group}/{n}": a for n, a in store.arrays().items()}
-        if self.process.history is not None:
-            arrays |= {f"{HISTORY}/{n}": a for n, a in self.process.history.state().items()}
+        for group, own in self.learner.state().items():
+            arrays |= {f"{group}/{n}": a for n, a in own.items()}
         meta = {
             "kind": KIND,
             "alphabar": alphabar.__version__,
             "step": self.done,
             "seed": self.config.train.seed,
             "config": configs.to_dict(self.config),
+            "network": networks.kind_of(self.net),
             "model": self.net.config,
             "optimiser": {"count": self.optimiser.count, "skipped": self.optimiser.skipped},
             "data": {
@@ -165,16 +143,17 @@ class Trainer:
             with self.net.params.using(flat):
                 load_weights(path, self.net, arrays, group)
         self.optimiser.load_state(moments, meta["optimiser"]["count"], meta["optimiser"]["skipped"])
-        saved = group_of(arrays, HISTORY)
-        if self.process.history is not None and saved:
+        for group in self.learner.state():
+            saved = group_of(arrays, group)
             try:
-                self.process.history.load_state(saved)
+                if saved:
+                    self.learner.load_state(group, saved)
             except (ValueError, KeyError) as e:
-                raise CheckpointError(path, f"its {HISTORY} does not fit: {e}") from e
+                raise CheckpointError(path, f"its {group} does not fit: {e}") from e
         self.done = meta["step"]
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet]:
+    def averaged(self) -> Iterator[Network]:
         """Within the block the network has the averaged weights."""
         with self.net.params.using(self.optimiser.ema):
             yield self.net
@@ -190,14 +169,14 @@ def check_kind(path: Any, meta: Mapping[str, Any]) -> None:
             raise CheckpointError(path, f"its meta data lack {key!r}")
 
 
-def check_data(path: Any, meta: Mapping[str, Any], data: Dataset) -> None:
+def check_data(path: Any, meta: Mapping[str, Any], data: Any) -> None:
     """CheckpointError unless ``meta`` is that of a training checkpoint made with these data."""
     check_kind(path, meta)
     if meta["data"].get("sha256") != data.sha256:
         raise CheckpointError(path, f"was trained on other data ({meta['data'].get('name')}) than {data.name}")
 
 
-def load_weights(path: Any, net: UNet, arrays: Mapping[str, Any], group: str) -> None:
+def load_weights(path: Any, net: Network, arrays: Mapping[str, Any], group: str) -> None:
     """Copy one group of a checkpoint's arrays into a network's parameters. CheckpointError names what does not fit."""
     try:
         net.params.load(group_of(arrays, group))
