@@ -50,10 +50,26 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", name, "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"usage: alphabar demo {name}" in out and "Eq: S0-" in out
+    assert f"usage: alphabar demo {name}" in out and "Eq: S" in out
 
 
 # ------------------------------------------------------------------------------------------------- what they show
+
+
+def test_discrete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """S4-F1, S4-F2: what is masked is forgotten, the rest known: I = (1 − t/T)·H. All laws forget in the end."""
+    rows = draw("discrete", tmp_path, capsys)
+    header, cells = rows[0], np.array(rows[1:], float)
+    column = {name: cells[:, i] for i, name in enumerate(header) if name != "kept"}
+    kept = cells[:, 2::2]
+    for kind in ("pixels", "letters"):
+        masked = column[f"absorbing {kind}, bits"]
+        np.testing.assert_allclose(masked, masked[0] * (1 - column["t"] / 1000), atol=1.1e-3)  # both are rounded to 1e-3
+        np.testing.assert_allclose(column[f"uniform {kind}, bits"][0], masked[0], atol=1e-9)
+    np.testing.assert_allclose(kept[:, 1], 1 - column["t"] / 1000, atol=6e-4)
+    assert (kept[0] == 1).all() and (np.diff(kept, axis=0) <= 0).all()
+    information = cells[:, 1::2]
+    assert (np.diff(information, axis=0) <= 0).all() and (information[-1] < 0.02).all()
 
 
 def test_low_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

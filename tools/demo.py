@@ -6,12 +6,13 @@ from pathlib import Path
 from types import ModuleType
 
 from alphabar.tools.command import Failure, Parser, UserError, integer, program
-from alphabar.tools.demos import figures, forward, langevin, low_density, trajectories
+from alphabar.tools.demos import discrete, figures, forward, langevin, low_density, trajectories
 
 DEMOS: dict[str, tuple[ModuleType, str]] = {
     "low-density": (low_density, "scores learned by sliced score matching fail where data are rare; noise cures it"),
     "langevin": (langevin, "plain Langevin dynamics loses the shares of two modes, annealed finds them"),
     "forward": (forward, "an image noised step by step: linear, cosine, ladder, with log-SNR"),
+    "discrete": (discrete, "pixels and letters noised: uniform, absorbing, discretised Gaussian; what they remember"),
     "trajectories": (trajectories, "paths of an SDE and of its probability-flow ODE over the density, both ways"),
 }
 ALL = "all"
