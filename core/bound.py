@@ -182,7 +182,7 @@ def _choose(chances: np.ndarray, sampled: int, batch: int, seed: int, draw: int,
 
 
 def vlb_markov_form(log_prior: Any, log_p: Any, log_q: Any) -> Any:
-    """The bound along paths, from the forward kernels: (B,) nats. Eq: S0-E21, S0-E22, S4-E9.
+    """The bound along paths, from the forward kernels: (B,) nats. Eq: S0-E21, S0-E22, S4-E9, S4-E8.
 
         −log p(x_T) − Σ_{t=1}^{T} log p_θ(x_{t−1}|x_t)/q(x_t|x_{t−1})
 
@@ -204,7 +204,7 @@ def vlb_posterior_form(log_prior: Any, log_end: Any, log_p: Any, log_posterior: 
 
 
 def q_path_log_prob(c: Chain, path: np.ndarray, order: str = "forward") -> np.ndarray:
-    """log q_σ(x_{1:S}|x_0) of each path (B,), nats. Eq: S1-E1, S2-E6, S2-C6, S4-E1, S4-E4.
+    """log q_σ(x_{1:S}|x_0) of each path (B,), nats. Eq: S1-E1, S2-E6, S2-C6, S4-E1, S4-E4, S4-E6.
 
     order: "forward" Σ log q_σ(x_i|x_{i−1}, x_0), or "reverse" log q(x_S|x_0) + Σ_{i≥2} log q_σ(x_{i−1}|x_i, x_0): both are equal.
     """

@@ -103,7 +103,10 @@ class Chain:
         return restore(a * here + n * eps, x0)
 
     def sample_path(self, x0: Array, seed: int = 0, draw: int = 0, first_sample: int = 0) -> np.ndarray:
-        """x_{0:S} ~ q_σ(·|x_0), float64 (S+1, B, …): x_S, then down by the posteriors. Eq: S2-E6, S0-E40, S2-C11."""
+        """x_{0:S} ~ q_σ(·|x_0), float64 (S+1, B, …): x_S, then down by the posteriors.
+
+        Eq: S2-E6, S0-E40, S2-C11, S4-E35, S4-E36, S4-E37, S4-E44.
+        """
         x0 = np.asarray(to_numpy(x0), np.float64)
         path = np.empty((len(self.t), *x0.shape))
         path[0] = x0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENTS = ("S0", "S1", "S2", "S3", "S4")
-STATES = ("done", "open", "context")
+STATES = ("done", "context")
 KINDS = {
     "E": "equation",
     "U": "equation",
@@ -52,7 +52,7 @@ class Entry:
     ``formula`` is the correct statement (an erratum has none: ``printed`` is what the document has, ``right`` what it should
     have, ``number`` the figure that decides); ``line`` counts in the plain text of the document. ``functions`` are dotted names
     below ``alphabar`` ("tests.…" for the oracle of a test), ``tests`` pytest names, ``errata`` the ids of the slips in this
-    place. ``state``: "done", "open" (``waits_for`` says for what) or "context" (nothing to compute).
+    place. ``state``: "done" or "context" (nothing to compute).
     """
 
     id: str
@@ -66,7 +66,6 @@ class Entry:
     right: str = ""
     number: str = ""
     source: str = ""
-    waits_for: str = ""
     note: str = ""
     errata: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
@@ -121,7 +120,7 @@ def search(*words: str) -> list[Entry]:
     wanted = [w.casefold() for w in words]
 
     def text(e: Entry) -> str:
-        parts = (e.id, e.kind, e.place, e.formula, e.printed, e.right, e.number, e.source, e.waits_for, e.note)
+        parts = (e.id, e.kind, e.place, e.formula, e.printed, e.right, e.number, e.source, e.note)
         return "\n".join((*parts, *e.errata, *e.functions, *e.tests)).casefold()
 
     return [e for e in entries().values() if all(w in text(e) for w in wanted)]

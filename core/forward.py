@@ -73,7 +73,7 @@ def q_sample(
 ) -> tuple[Array, Array]:
     """(x_t, ε) with x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε, or a(t)·x0 + n(t)·ε of any process.
 
-    Eq: S0-E18, S0-U2, S0-E39, S0-E48, S1-E7, S2-E4, S3-E9, S4-E17, S0-E9.
+    Eq: S0-E18, S0-U2, S0-E39, S0-E48, S1-E7, S2-E4, S3-E9, S4-E17, S0-E9, S1-E6, S2-U1, S4-E13.
 
     x0 (B, …) float; t an int or (B,) integers in 0..T, any numbers there where ``s`` is continuous. ε is ``eps`` (like x0) or
     drawn from (seed, step, first_sample + place in the batch). ``out`` and ``eps_out`` receive the results where given. Raises
@@ -115,14 +115,16 @@ def random_times(n: int, s: Levels, seed: int = 0, step: int = 0) -> np.ndarray:
 
 
 def merge_noise(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """Two steps y = a₁x + s₁ε₁, z = a₂y + s₂ε₂ in one: (a₁a₂, √(a₂²s₁² + s₂²)); its ε is new. Eq: S1-E5, S3-E3, S3-E4."""
+    """Two steps y = a₁x + s₁ε₁, z = a₂y + s₂ε₂ in one: (a₁a₂, √(a₂²s₁² + s₂²)); its ε is new. Eq: S1-E5, S3-E3, S3-E4, S4-E70."""
     (a1, s1), (a2, s2) = first, second
     return a1 * a2, float(np.hypot(a2 * s1, s2))
 
 
 @exchanged
 def q_posterior(x0: Array, x_t: Array, t: Any, s: Tabulated) -> tuple[Array, Any]:
-    """(μ̃_t, β̃_t): the mean and the variance of q(x_{t−1}|x_t, x_0), t in 1..T. Eq: S0-E28, S1-E10, S1-E12, S3-E5, S3-E7, S4-E14.
+    """(μ̃_t, β̃_t): the mean and the variance of q(x_{t−1}|x_t, x_0), t in 1..T.
+
+    Eq: S0-E28, S1-E10, S1-E12, S3-E5, S3-E7, S4-E14, S4-E33, S4-E71.
 
         μ̃_t = √ᾱ_{t−1}·β_t/(1−ᾱ_t)·x0 + √α_t·(1−ᾱ_{t−1})/(1−ᾱ_t)·x_t,   β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t)·β_t
 
@@ -136,7 +138,7 @@ def q_posterior(x0: Array, x_t: Array, t: Any, s: Tabulated) -> tuple[Array, Any
 
 @exchanged
 def posterior_mean_from_eps(x_t: Array, eps: Array, t: Any, s: Tabulated) -> Array:
-    """μ = 1/√α_t·(x_t − β_t/√(1−ᾱ_t)·ε), t in 1..T. Eq: S0-E28, S0-E29, S1-E14, S1-E16, S3-E8, S4-E74.
+    """μ = 1/√α_t·(x_t − β_t/√(1−ᾱ_t)·ε), t in 1..T. Eq: S0-E28, S0-E29, S1-E14, S1-E16, S3-E8, S4-E74, S1-E15, S4-E73.
 
     ε is the noise of the whole map x_0 → x_t, not that of step t.
     """
@@ -196,7 +198,7 @@ def ddim_sigma_hat(t: Any, t_to: Any, s: Levels) -> Any:
 
 @exchanged
 def ddim_posterior(x0: Array, x_t: Array, t: Any, t_to: Any, s: Tabulated, sigma: float) -> tuple[Array, float]:
-    """(mean, σ²) of q_σ(x_to|x_t, x_0). Eq: S0-E41, S2-E7, S3-E11, S3-E12, S4-E38, S4-E45.
+    """(mean, σ²) of q_σ(x_to|x_t, x_0). Eq: S0-E41, S2-E7, S3-E11, S3-E12, S4-E38, S4-E45, S4-E34.
 
         mean = √ᾱ_to·x0 + √(1−ᾱ_to−σ²)·(x_t − √ᾱ_t·x0)/√(1−ᾱ_t)
 

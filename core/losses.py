@@ -44,7 +44,9 @@ def simple_loss(output: Array, eps: Array) -> tuple[Array, Array]:
 
 
 def eps_loss_weight(t: Any, s: Tabulated, variance: str = "posterior") -> Any:
-    """β_t²/(2σ_t²·α_t·(1−ᾱ_t)), with which ‖ε − ε_θ‖² is the term L_{t−1} of the bound. Eq: S0-E30, S1-E20, S1-E21, S4-E20.
+    """β_t²/(2σ_t²·α_t·(1−ᾱ_t)), with which ‖ε − ε_θ‖² is the term L_{t−1} of the bound.
+
+    Eq: S0-E30, S1-E19, S1-E20, S1-E21, S4-E18, S4-E19, S4-E20, S4-E72.
 
     σ_t² = β̃_t ("posterior", t ≥ 2 since β̃_1 = 0) or β_t ("beta", t ≥ 1). t an int or an integer array; float64. It multiplies
     the squared norm: of the mean over d elements it makes L_{t−1}/d.
@@ -82,6 +84,20 @@ def min_snr_weight(t: Any, s: Tabulated, gamma: float = 5.0, prediction: str = "
     return _at(np.r_[0.0, np.minimum(snr[1:], gamma) / scales[prediction][1:]], t, 1)
 
 
+def p2_weight(t: Any, s: Tabulated, k: float = 1.0, gamma: float = 1.0, prediction: str = "eps") -> Any:
+    """1/(k + SNR_t)^γ on the squared error of ε, as the weight on that of ``prediction``; SNR = ᾱ/(1−ᾱ). Eq: S0-E45, S2-C9.
+
+    γ = 0 is weight 1 on ε. t an int or an integer array in 1..T; float64. Source: Choi et al. 2022 (P2 weighting).
+    """
+    if not k > 0 or not gamma >= 0:
+        raise ValueError(f"k must be positive and gamma not negative, not {k} and {gamma}")
+    snr = s.alpha_bar[1:] / s.noise_variance[1:]
+    scales = {"eps": np.ones_like(snr), "x0": snr, "v": snr / (snr + 1)}
+    if prediction not in scales:
+        raise ValueError(f"prediction must be one of {tuple(scales)}, not {prediction!r}")
+    return _at(np.r_[0.0, scales[prediction] / (k + snr) ** gamma], t, 1)
+
+
 def _at(values: np.ndarray, t: Any, low: int) -> Any:
     times = check_times(t, low, len(values) - 1)
     return float(values[times]) if isinstance(times, int) else restore(array_module(times).asarray(values)[times], t)
@@ -89,7 +105,7 @@ def _at(values: np.ndarray, t: Any, low: int) -> Any:
 
 @exchanged
 def normal_kl(mean_p: Array, var_p: Any, mean_q: Array, var_q: Any) -> Array:
-    """KL(p‖q) = ½ Σ (v_p/v_q + (μ_q − μ_p)²/v_q − 1 + ln v_q/v_p) of each sample, nats (B,). Eq: S0-E26, S0-E25, S1-E11.
+    """KL(p‖q) = ½ Σ (v_p/v_q + (μ_q − μ_p)²/v_q − 1 + ln v_q/v_p) of each sample, nats (B,). Eq: S0-E26, S0-E25, S1-E11, S1-E18.
 
     Normal laws with independent elements. Means (B, …); variances positive numbers or arrays that broadcast to them.
     """

@@ -52,7 +52,9 @@ def sample(
     threshold: float | tuple[float, float] | None = None,
     x0: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
-    """Run ``table`` from x_T, at most one model(x, t) and one kernel a row. Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2.
+    """Run ``table`` from x_T, at most one model(x, t) and one kernel a row.
+
+    Eq: S0-E31, S0-E47, S0-E49, S1-A2, S2-A1, S4-A2, S4-E46.
 
     model: gets the state (to read, not to keep: it is overwritten) and the time t as a (B,) array, int64, or float64 where the
         table stops between whole times; returns an array like the state, of the kind ``table.prediction``.

@@ -56,7 +56,9 @@ def ddim(
     sigmas: Grid = None,
     rho: float = RHO,
 ) -> Table:
-    """x' = √ᾱ_to·x0 + √(1−ᾱ_to−σ²)·ε + σz, σ = η·√((1−ᾱ_to)/(1−ᾱ_t))·√(1−ᾱ_t/ᾱ_to). Eq: S0-E47, S0-E49, S2-E12, S2-E16, S4-E47.
+    """x' = √ᾱ_to·x0 + √(1−ᾱ_to−σ²)·ε + σz, σ = η·√((1−ᾱ_to)/(1−ᾱ_t))·√(1−ᾱ_t/ᾱ_to).
+
+    Eq: S0-E47, S0-E49, S2-A2, S2-E12, S2-E16, S4-E39, S4-E42, S4-E47, S4-E49.
 
     η multiplies the standard deviation; 0 is deterministic, 1 is :func:`ddpm`. ``sigma="hat"`` adds σ̂ = √(1−ᾱ_t/ᾱ_to) instead
     while the direction term keeps σ(η = 1) (Eq: S2-U5; ``eta`` is then not used). Source: Song et al. 2021 (DDIM), Eq. 12, 16.

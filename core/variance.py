@@ -18,7 +18,7 @@ from .convert import coefficients
 from .decoder import log_normal_mass
 from .exchange import Array, check_schedule, check_times, column, exchanged, lift
 from .levels import Levels, Tabulated, step_variance
-from .losses import _at, weighted_loss
+from .losses import weighted_loss
 
 VALUES = 256
 LAMBDA = 1e-3
@@ -165,7 +165,7 @@ def hybrid_loss(
 
     The bound teaches Σ_θ only: no gradient of it goes through μ_θ. Its terms are nats per element (published code counts bits, so
     that its λ is this one times ln 2). Arguments as for :func:`vlb_loss`; ``weight`` multiplies the whole, ``simple_weight`` the
-    first term (:func:`p2_weight`, :func:`losses.min_snr_weight`). Source: Nichol & Dhariwal 2021, Eq. 16.
+    first term (:func:`losses.p2_weight`, :func:`losses.min_snr_weight`). Source: Nichol & Dhariwal 2021, Eq. 16.
     """
     mean, _ = split(output)
     value, gradient = vlb_loss(output, target, t, s, prediction, x0, weight, stop_mean=True)
@@ -176,20 +176,6 @@ def hybrid_loss(
     gradient *= lam * s.T
     split(gradient)[0][...] = of_mean
     return simple + (lam * s.T) * value, gradient
-
-
-def p2_weight(t: Any, s: Tabulated, k: float = 1.0, gamma: float = 1.0, prediction: str = "eps") -> Any:
-    """1/(k + SNR_t)^γ on the squared error of ε, as the weight on that of ``prediction``; SNR = ᾱ/(1−ᾱ). Eq: S0-E45, S2-C9.
-
-    γ = 0 is weight 1 on ε. t an int or an integer array in 1..T; float64. Source: Choi et al. 2022 (P2 weighting).
-    """
-    if not k > 0 or not gamma >= 0:
-        raise ValueError(f"k must be positive and gamma not negative, not {k} and {gamma}")
-    snr = s.alpha_bar[1:] / s.noise_variance[1:]
-    scales = {"eps": np.ones_like(snr), "x0": snr, "v": snr / (snr + 1)}
-    if prediction not in scales:
-        raise ValueError(f"prediction must be one of {tuple(scales)}, not {prediction!r}")
-    return _at(np.r_[0.0, scales[prediction] / (k + snr) ** gamma], t, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------- sampling

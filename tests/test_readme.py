@@ -45,6 +45,16 @@ def test_scores_sdes_and_likelihood() -> None:
     assert abs(flow - exact) < 0.01 and exact < vlb < exact + 1
 
 
+def test_discrete_states() -> None:
+    names: dict = {}
+    exec(block("discrete_bound"), names)
+    x, words, bound = names["x"], names["words"], names["bound"]
+    share = (x[:, None] == words).all(axis=2).mean(axis=0)
+    assert share.sum() > 0.99 and np.abs(share - 1 / 3).max() < 0.04
+    assert -4 * bound.error < bound.bits - np.log2(3) / 3 < 0.02 + 4 * bound.error
+    assert np.isneginf(names["log_q"]).any() and np.allclose(np.exp(names["log_q"]).sum(axis=-1), 1)
+
+
 def test_a_new_solver(gaussian: type, linear: schedules.Schedule) -> None:
     names: dict = {}
     code = block("def exponential_midpoint")

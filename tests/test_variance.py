@@ -191,8 +191,8 @@ def test_a_loss_takes_arrays_of_torch_and_float32_and_names_mistakes():
 def test_p2_weights_are_their_formula_in_every_prediction():
     t = np.array([1, 10, 50])
     snr = S.alpha_bar[t] / S.noise_variance[t]
-    np.testing.assert_allclose(variance.p2_weight(t, S, 1.0, 0.5), 1 / np.sqrt(1 + snr), rtol=1e-12)
-    assert np.array_equal(variance.p2_weight(t, S, gamma=0.0), np.ones(3)) and isinstance(variance.p2_weight(4, S), float)
+    np.testing.assert_allclose(losses.p2_weight(t, S, 1.0, 0.5), 1 / np.sqrt(1 + snr), rtol=1e-12)
+    assert np.array_equal(losses.p2_weight(t, S, gamma=0.0), np.ones(3)) and isinstance(losses.p2_weight(4, S), float)
     # one loss: the squared errors of ε, x0 and v of the same answer differ by 1/SNR and by (1 + SNR)/SNR
     x0 = RNG.standard_normal((3, 5))
     x_t, eps = forward.q_sample(x0, t, S, seed=3)
@@ -201,13 +201,13 @@ def test_p2_weights_are_their_formula_in_every_prediction():
     for kind in ("eps", "x0", "v"):
         output = forward.convert(answer, x_t, t, S, "eps", kind)
         target = forward.training_target(x0, eps, t, S, kind)
-        loss[kind] = losses.weighted_loss(output, target, variance.p2_weight(t, S, prediction=kind))[0]
+        loss[kind] = losses.weighted_loss(output, target, losses.p2_weight(t, S, prediction=kind))[0]
     np.testing.assert_allclose(loss["x0"], loss["eps"], rtol=1e-9)
     np.testing.assert_allclose(loss["v"], loss["eps"], rtol=1e-9)
     with pytest.raises(ValueError, match="prediction must be one of"):
-        variance.p2_weight(t, S, prediction="score")
+        losses.p2_weight(t, S, prediction="score")
     with pytest.raises(ValueError, match="k must be positive"):
-        variance.p2_weight(t, S, k=0.0)
+        losses.p2_weight(t, S, k=0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------------- sampling

@@ -68,8 +68,8 @@ def _table(found: Sequence[Entry]) -> list[str]:
     for title, group in _groups(found):
         lines += [title, "─" * min(_width(title), width)]
         for e in group:
-            state = {"done": "done", "context": "–"}.get(e.state, f"open: {e.waits_for}")
-            room = width - 9 - 2 - max(8, len(state))
+            state = "–" if e.state == "context" else e.state
+            room = width - 19
             lines.append(f"{e.id:<8} {_pad(_cut(e.summary, room), room)}  {state:>8}".rstrip())
         lines.append("")
     return [*lines, f"{len(found)} entries: {_counts(found)}"]
@@ -113,7 +113,7 @@ def _details(e: Entry) -> list[str]:
         lines.append(_labelled("" if k else "function", _located(name, equations.locate(name))))
     for k, name in enumerate(e.tests):
         lines.append(_labelled("" if k else "test", _located(name, equations.locate_test(name))))
-    return [*lines, *_field("state", f"open, waits for {e.waits_for}" if e.waits_for else e.state)]
+    return [*lines, *_field("state", e.state)]
 
 
 def _located(name: str, place: tuple[Path, int] | None) -> str:
