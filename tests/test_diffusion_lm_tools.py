@@ -102,7 +102,7 @@ def test_what_is_left_open_is_completed_and_written_down() -> None:
     assert (c.sample.sampler, c.sample.steps, c.model.network) == ("ddpm", 200, "transformer") and c.sample.clamp > 0
     written = tomllib.loads(configs.to_toml(c))
     assert configs.from_dict(written) == c and configs.check(c) == c
-    assert {"clamp", "fluency", "control_steps", "control_rate", "resample"} < set(written["sample"])
+    assert {"clamp", "fluency", "control_steps", "control_rate", "control_method", "resample"} < set(written["sample"])
     assert not {"guidance", "threshold", "rescale", "interval_low", "temperature"} & set(written["sample"])
     assert "features" not in tomllib.loads(configs.to_toml(configs.Config()))["diffusion"]
     process = diffusion_lm.Embedded(c, (128,))
@@ -280,6 +280,11 @@ def test_a_classifier_steers_samples_to_a_property(story: Path, capsys: pytest.C
         asked = properties.parse("letter:o")
         of = [properties.share(s, asked) for s in (no, plain, yes)]
         assert of[0] < 0.2 < of[1] < 0.8 < of[2], of
+        mean_form = "control_method=sgd", "control_steps=1", "control_rate=1", "fluency=0"
+        steered = drawn(
+            *by, "--class", "yes", "--classifier-weight", "5", *(word for s in mean_form for word in ("--set", f"sample.{s}"))
+        )
+        assert properties.share(steered, asked) > of[1] + 0.2, (properties.share(steered, asked), of)
         assert drawn(*by, "--class", "1", "--set", "sample.control_steps=0") == plain
         assert drawn(*by, "--class", "yes", "--classifier-weight", "0", "--set", "sample.fluency=0") == plain
         assert drawn(*by, "--class", "yes", "--batch", "7")[:3] == yes[:3]

@@ -162,6 +162,7 @@ class Sample:
     fluency: float = _setting(0.01, 0.0, 1e6, methods=EMBEDDED)  # λ of log p(x_{t−1}|x_t) beside a classifier's log p(c|x_{t−1})
     control_steps: int = _setting(3, 0, 10_000, methods=EMBEDDED)  # gradient steps of the control by a classifier, at each level
     control_rate: float = _setting(0.1, 0.0, 1e6, methods=EMBEDDED)  # their size
+    control_method: str = _setting("adagrad", choices=("adagrad", "sgd"), methods=EMBEDDED)  # sgd: rate·variance·gradient
     columns: int = _setting(8, 1, 1000)  # of a sheet; of text, how many samples are on it
 
 

@@ -115,7 +115,8 @@ class Embedded:
 
         control = None
         if gradient is not None:
-            control = Control(gradient, settings.fluency, settings.control_steps, settings.control_rate)
+            s = settings
+            control = Control(gradient, s.fluency, s.control_steps, s.control_rate, s.control_method)
         known = options.get("known")
         return diffusion_lm_sampler.sample(
             model,
