@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--order", type=int, default=6, help="of the n-gram model (default 6)")
     parser.add_argument("--at-least", type=float, default=0.0, metavar="SHARE", help="exit 1 where fewer have the property")
     args = parser.parse_args(argv)
+    if args.at_least and not args.property:
+        parser.error("--at-least goes with --property")
     try:
         asked = properties.parse(args.property) if args.property else None
         made = read(args.samples)
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     as_much = real[: max(1, sum(map(len, made)) // length)]  # entropies of few letters come out low
     for name, windows in (("samples", made), ("held-out", as_much)):
         tokens = test.encode(" ".join(windows))
-        print(f"entropy       {', '.join(f'{ngram.entropy(tokens, n, test.states):.3f}' for n in (1, 2, 3))} bits ({name})")
+        longest = range(1, min(3, tokens.size) + 1)
+        print(f"entropy       {', '.join(f'{ngram.entropy(tokens, n, test.states):.3f}' for n in longest)} bits ({name})")
     words = set(source.split())
     print(f"words         {known(made, words):.4f} stand in the training text, of held-out {known(real, words):.4f}")
     runs, of_held = ([longest_run(w, source) for w in windows[:COPIES]] for windows in (made, real))

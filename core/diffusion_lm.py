@@ -77,6 +77,9 @@ def rounding_logits(x: Array, embedding: Array, bias: Array | None = None, sigma
     The first is the paper's linear layer, whose weights may be the embeddings. The second is p(w|x_0) exactly where words are
     alike beforehand and x_0 ~ N(Emb(w), σ²·I); the term −‖x‖²/(2σ²), which all words share, is left out.
     """
+    table = float_array(embedding, "embedding")
+    if table.ndim != 2 or x.ndim < 1 or x.shape[-1] != table.shape[1]:
+        raise ValueError(f"embedding must be (K, d) to go with x (…, d), not {table.shape} and {x.shape}")
     if bias is not None and sigma is not None:
         raise ValueError("bias goes without sigma, which makes its own")
     if sigma is None:
@@ -106,11 +109,11 @@ def rounding_loss(logits: Array, w: Array) -> tuple[Array, Array]:
 
     logits (B, …, K) float, w (B, …) integers. The gradient (softmax − one-hot)/(B·words) is with respect to the logits.
     """
-    log_p = log_softmax(logits)
+    log_p, w = log_softmax(logits), states(w, logits.shape[-1], "w")
     if logits.ndim < 2 or logits.shape[:-1] != w.shape or w.size == 0:
         raise ValueError(f"w must have the shape of logits but its last axis, {logits.shape[:-1]}, not empty; not {w.shape}")
     xp, K = array_module(logits), logits.shape[-1]
-    place = states(w, K, "w").astype(np.int64)[..., None]
+    place = w.astype(np.int64)[..., None]
     of_words = xp.take_along_axis(log_p, place, axis=-1)[..., 0]
     gradient = xp.exp(log_p) - (xp.arange(K) == place)
     return -flat(of_words).mean(axis=1), (gradient * (1 / w.size)).astype(logits.dtype, copy=False)
@@ -170,6 +173,7 @@ def end_to_end_loss(
     Emb(w), from Emb(w) by :func:`embedding_gradient`. Source: Li et al. 2022, Eq. 2 and appendix E.
     """
     check_schedule(s, Tabulated)
+    check_times(t, 1, s.T)
     denoising, d_output, d_x0, d_mean = denoising_loss(output, x0, mean, t, weight)
     rounding, d_logits = rounding_loss(logits, w)
     prior, of_prior = prior_loss(x0, s)

@@ -11,7 +11,7 @@ from ..kernels import streams
 from ..kernels.arrays import array_module, is_native, native, restore
 from . import inpainting, samplers
 from .diffusion_lm import clamp, embedding_of, nearest_words
-from .exchange import Array, float_batch
+from .exchange import Array, float_array, float_batch
 from .inpainting import single_step
 from .levels import whole_steps
 from .samplers import Model, answer_of
@@ -218,8 +218,13 @@ def _resampled(
 
 def _rounded(x0: Array, embedding: Array, known: tuple[Array, Array] | None, logits: Callable[[Array], Array] | None) -> Array:
     """The words of x_0, int32, with those that are known in their places."""
-    words = native(nearest_words(x0, embedding) if logits is None else logits(x0))
-    words = (words if logits is None else words.argmax(axis=-1)).astype(np.int32)
+    if logits is None:
+        words = native(nearest_words(x0, embedding))
+    else:
+        scores = float_array(logits(x0), "what logits returns")
+        if scores.shape[:-1] != x0.shape[:-1]:
+            raise ValueError(f"logits must return shape {(*x0.shape[:-1], 'K')}, not {scores.shape}")
+        words = scores.argmax(axis=-1).astype(np.int32)
     if known is not None:
         given, keep = map(native, known)
         words = array_module(words).where(keep, given, words).astype(np.int32)

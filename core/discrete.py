@@ -25,6 +25,7 @@ def q_sample(x0: Array, t: Any, law: Transitions, seed: int = 0, step: int = 0, 
     Drawn from (seed, step, first_sample + place in the batch), the stream of the forward process.
     """
     _check_law(law)
+    categorical.states(x0, law.K, "x0", 1)
     if isinstance(law, Forgetting):
         return _forget(x0, t, law, law.keep, 0, seed, step, first_sample)
     return kernels.categorical(law.log_rows(0, x0, t, np.float32), seed, step, streams.FORWARD, first_sample)
@@ -62,7 +63,7 @@ def q_posterior(x0: Array, x_t: Array, t: Any, law: Transitions, s: Any = None, 
     Where x_t cannot come from x_0 every entry is −inf. Raises ValueError unless 0 <= s < t.
     """
     _check_law(law)
-    if x0.shape != x_t.shape:
+    if categorical.states(x0, law.K, "x0", 1).shape != x_t.shape:
         raise ValueError(f"x_t must have the shape of x0, {x0.shape}, not {x_t.shape}")
     s, t = _earlier(s, t, law)
     return categorical.normalised(law.log_columns(s, t, x_t, dtype) + law.log_rows(0, x0, s, dtype))
@@ -74,10 +75,10 @@ def reverse_from_x0(logits: Array, x_t: Array, t: Any, law: Transitions, s: Any 
 
         p_θ(x_s|x_t) ∝ Σ_x̃0 q(x_s, x_t|x̃0)·p̃(x̃0|x_t) = q(x_t|x_s)·Σ_x̃0 q(x_s|x̃0)·p̃(x̃0|x_t)
 
-    States D..K−1 have p̃ = 0. For the uniform law this is θ_post(x_t, x̂_0) of E27 with x̂_0 = p̃; it is not the mixture
-    Σ q(x_s|x_t, x̃0)·p̃(x̃0). The step 1 → 0 alone is p̃ itself, p(x_0|x_1) = C(x̂_0), on the states that x_1 can come from (with
-    a mask: what is not masked stays); from t > 1 the formula holds at s = 0 too, as it must for the p̃ that fits it at t−1. Float
-    dtype of the logits. Source: Austin et al. 2021, section 3.3; Hoogeboom et al. 2021.
+    States D..K−1 have p̃ = 0; where D counts the mask, its logit should be −inf. For the uniform law this is θ_post(x_t, x̂_0) of
+    E27 with x̂_0 = p̃; it is not the mixture Σ q(x_s|x_t, x̃0)·p̃(x̃0). The step 1 → 0 alone is p̃ itself, p(x_0|x_1) = C(x̂_0),
+    on the states that x_1 can come from (with a mask: what is not masked stays); from t > 1 the formula holds at s = 0 too, as it
+    must for the p̃ that fits it at t−1. Float dtype of the logits. Source: Austin et al. 2021, section 3.3; Hoogeboom et al. 2021.
     """
     _check_law(law)
     if logits.shape[:-1] != x_t.shape:

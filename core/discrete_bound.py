@@ -22,8 +22,9 @@ def prior_kl(x0: Array, law: Transitions) -> np.ndarray:
 
     ∞ under an absorbing law that leaves elements unmasked at T.
     """
+    clean = to_numpy(states_of(x0, "x0", law))
     of_state = kl(law.log_rows(0, np.arange(law.K), law.T), np.broadcast_to(log(law.prior), (law.K, law.K)))
-    return flat(of_state[to_numpy(x0)]).sum(axis=1)
+    return flat(of_state[clean]).sum(axis=1)
 
 
 def vlb_terms(

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..kernels import counter, streams
-from ..kernels.arrays import array_module, to_numpy
+from ..kernels.arrays import array_module, is_native, to_numpy
 from .categorical import kl, log_prob, log_softmax, normalised, states
 from .discrete_rows import fused, rows_of, without_mask
 from .exchange import Array, check_times, exchanged, flat
+from .transition import FLOATS
 from .transitions import Absorbing, Transitions, Uniform
 
 TINY = 1e-300  # stands for a probability of 0 in a divisor or a logarithm, where its weight is 0 too
@@ -85,7 +86,7 @@ def check_elements(logits: Any, x0: Any, x_t: Any, law: Any) -> tuple[int, int]:
     """(B, elements a sample); TypeError or ValueError unless logits, x0 and x_t go together under ``law``."""
     if not isinstance(law, Transitions):
         raise TypeError(f"law must be a Transitions (Uniform(K, beta) for one), not {type(law).__name__}")
-    if getattr(logits, "dtype", None) not in (np.float32, np.float64):
+    if not is_native(logits) or logits.dtype.newbyteorder("=") not in FLOATS:
         raise TypeError(f"logits must be float32 or float64, not {getattr(logits, 'dtype', type(logits).__name__)}")
     if logits.ndim < 2 or not 1 <= logits.shape[-1] <= law.K:
         raise ValueError(f"logits must be (B, …, D) with D in 1..{law.K}, not of shape {logits.shape}")
@@ -152,6 +153,7 @@ def _uniform(z: Array, x0: Array, x_t: Array, rows: Array, law: Uniform, lam: fl
         ∂KL/∂p̃_j = C·g_j,    p̃_j·g_j = a_j·p̃_j/Zp − c_j·p̃_j/P_j
 
     where x_0 and x_t alone differ from the other states, for which c_j/P_j = spread/(Zq·(1 + p̃_j·C/D)). These two are float64.
+    C = 0 where x_t shows its x_0: there is no loss.
     """
     xp, dtype = array_module(z), z.dtype
     keep, spread, C, D = rows
@@ -170,7 +172,7 @@ def _uniform(z: Array, x0: Array, x_t: Array, rows: Array, law: Uniform, lam: fl
     others = xp.log(ratio).sum(axis=1, dtype=np.float64)
     terms = xp.log(Zp / Zq) - spread * D / Zq * others - c0 * xp.log(P0 / Q0) - ct * xp.log(Pt / xp.maximum(Qt, TINY))
     if lam:
-        terms -= lam * log_p0
+        terms -= xp.where(C > 0, lam * log_p0, 0.0)
     if scale is None:
         return terms, None
     g = (spread / Zp).astype(dtype)[:, None] - xp.where(D > 0, spread / Zq, 0.0).astype(dtype)[:, None] / ratio
@@ -181,7 +183,7 @@ def _uniform(z: Array, x0: Array, x_t: Array, rows: Array, law: Uniform, lam: fl
     g *= (scale * C).astype(dtype)[:, None]
     if lam:
         p[place, x0] -= 1
-        g += p * dtype.type(scale * lam)
+        g += p * (scale * lam * (C > 0)).astype(dtype)[:, None]
     return terms, g
 
 

@@ -22,7 +22,8 @@ def rows_of(law: Transitions, s: Any, t: Any) -> np.ndarray:
         uniform     w_j = (keep·[j = x_t] + spread)·(C·p̃_j + D):  keep = ᾱ_t/ᾱ_s, spread = (1 − keep)/K, C = ᾱ_s, D = (1 − ᾱ_s)/K
         absorbing   x_t stays unless it is the mask; then w_j = C·p̃_j, w_mask = D:  C = ᾱ_s − ᾱ_t, D = 1 − ᾱ_s
 
-    w is p_θ(x_s|x_t) but for its sum. The step 1 → 0 of the uniform law is p̃ itself: (0, 1, 1, 0).
+    w is p_θ(x_s|x_t) but for its sum. The step 1 → 0 of the uniform law is p̃ itself, (0, 1, 1, 0); where nothing is forgotten
+    up to t x_t stays, (1, 0, 0, 1).
     """
     s, t = np.broadcast_arrays(np.asarray(s), np.asarray(t))
     if not isinstance(law, (Uniform, Absorbing)):
@@ -33,6 +34,7 @@ def rows_of(law: Transitions, s: Any, t: Any) -> np.ndarray:
     lost = np.where(t - s == 1, law.beta[t], 1 - np.divide(now, to, out=np.zeros(s.shape), where=to > 0))
     rows = np.stack([1 - lost, lost / law.K, to, (1 - to) / law.K], axis=-1)
     rows[t == 1] = (0, 1, 1, 0)
+    rows[now == 1] = (1, 0, 0, 1)
     return rows
 
 
@@ -56,6 +58,7 @@ def grid_of(law: Transitions, steps: int | None = None, grid: Sequence[int] | np
     times = np.asarray(grid)
     if times.dtype.kind not in "iu" or times.ndim != 1 or times.size == 0:
         raise TypeError(f"grid must be a list of ints, not {grid!r}")
+    times = times.astype(np.int64)
     if times[0] < 1 or times[-1] != law.T or np.any(np.diff(times) <= 0):
         raise ValueError(f"grid must ascend within 1..{law.T} and end at {law.T}, not {times.tolist()}")
-    return times.astype(np.int64)
+    return times

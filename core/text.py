@@ -124,6 +124,8 @@ class Text:
 
 def fold(text: str) -> str:
     """``text`` in the 27 letters: lower case, accents stripped, each run of other characters one space."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, not {type(text).__name__}")
     return "".join(ALPHABET[i] for i in _single_spaces(_codes(text)).tolist())
 
 

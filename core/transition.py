@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module, native, restore, to_numpy
+from ..kernels.arrays import array_module, is_native, native, restore, to_numpy
 from . import categorical, rates
 from .exchange import Array, check_times
 from .levels import frozen
@@ -154,7 +154,7 @@ class Transitions(ABC):
             law = self._at(s, t)
             yield from ((law, slice(i, i + step)) for i in range(0, batch, step))
             return
-        pairs = np.stack(np.broadcast_arrays(to_numpy(s), to_numpy(t)), axis=1)
+        pairs = np.stack(np.broadcast_arrays(to_numpy(s), to_numpy(t)), axis=1, dtype=np.int64, casting="unsafe")
         distinct, place = np.unique(pairs, axis=0, return_inverse=True)
         for n, (a, b) in enumerate(distinct.tolist()):
             law, where = self._at(a, b), np.flatnonzero(place.reshape(-1) == n)
@@ -200,11 +200,11 @@ class Transitions(ABC):
 
     def _values(self, a: Any, name: str) -> Array:
         a = native(a)
-        if not hasattr(a, "dtype") or a.dtype not in FLOATS or a.ndim < 2:
+        if not is_native(a) or a.dtype.newbyteorder("=") not in FLOATS or a.ndim < 2:
             raise TypeError(f"{name} must be a float32 or float64 array (B, …, states)")
         if not 1 <= a.shape[-1] <= self.K:
             raise ValueError(f"{name} must have 1..{self.K} (K) states, not {a.shape[-1]}")
-        return a
+        return a.astype(a.dtype.newbyteorder("="), copy=False)
 
     def _time(self, t: Any, name: str, low: int = 0) -> int:
         t = check_times(t, low, self.T)

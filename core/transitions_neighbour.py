@@ -63,7 +63,9 @@ class NearestNeighbour(Transitions):
         for n in range(1, TERMS):
             powers.append(powers[-1] @ P / n)
         self._powers = frozen(np.stack(powers))
-        self._eigenvalues, self._eigenvectors = map(frozen, np.linalg.eigh(R))
+        eigenvalues, eigenvectors = np.linalg.eigh(R)
+        eigenvalues[-1] = 0.0  # of a connected graph exactly, and the others are below
+        self._eigenvalues, self._eigenvectors = frozen(np.minimum(eigenvalues, 0.0)), frozen(eigenvectors)
         self._far, self._least = self._spread()
 
     def _spread(self) -> tuple[float, float]:
@@ -79,7 +81,8 @@ class NearestNeighbour(Transitions):
         if b < self._far:
             return Full(self._series(b))
         # |Σ_k e^{λ_k b} v_ik v_jk| over the k left out is at most the largest of their e^{λ_k b}.
-        weights = np.exp(self._eigenvalues * b)
+        with np.errstate(over="ignore"):
+            weights = np.exp(self._eigenvalues * b)
         kept = weights > TOLERANCE * self._least
         V = self._eigenvectors[:, kept]
         return Factored(V * weights[kept], V.T)

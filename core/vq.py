@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kernels.arrays import array_module
-from .exchange import Array, exchanged
+from .exchange import Array, exchanged, float_array
 
 BLOCK = 1 << 22  # the most distances that are held at once
 
 
 def _checked(z: Array, codebook: Array) -> None:
+    float_array(codebook, "codebook")
     if z.ndim < 2 or codebook.ndim != 2 or len(codebook) == 0 or z.shape[-1] != codebook.shape[1]:
         raise ValueError(f"z must be (B, …, d) and codebook (K, d) of one d, not {z.shape} and {codebook.shape}")
     if z.dtype != codebook.dtype or z.dtype.kind != "f":

@@ -7,6 +7,7 @@ as it is. Nothing is pickled.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -67,9 +68,11 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, Any], meta: Mapping[
     """Write a checkpoint; the file named ``path`` is at every instant the old one or the new one, whole.
 
     The image is built in memory, written to a temporary file beside it, synced, renamed, and the directory synced. An OSError
-    (disk full, no permission) leaves the old file and no temporary one.
+    (disk full, no permission, a folder or a device of that name) leaves what is there and no temporary file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     data = image(arrays, meta)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

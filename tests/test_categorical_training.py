@@ -2,6 +2,7 @@
 bit, samples and is evaluated; an exact network draws the law of its data."""
 
 import json
+import os
 import signal
 import sys
 import tomllib
@@ -152,6 +153,7 @@ def test_text_has_its_own_states_network_and_weight(story: Path) -> None:
     c = resolved(f"data.path={story}", "data.length=12", "method=d3pm", of=of)
     assert (c.diffusion.states, c.model.network, c.train.hybrid) == (27, "transformer", 0.01)
     assert resolved(f"data.path={story}", "method=multinomial", of=of).train.hybrid == 0
+    assert resolved(f"data.path={story}", "method=d3pm", "diffusion.transition=uniform", of=of).train.hybrid == 0
     assert resolved(f"data.path={story}", "method=d3pm", "train.hybrid=0", of=of).train.hybrid == 0
     written = tomllib.loads(configs.to_toml(c))
     assert written["data"]["length"] == 12 and "flip" not in written["data"] and "channels" not in written["model"]
@@ -487,6 +489,7 @@ def test_what_other_programs_and_options_say(images: Path, story: Path, capsys: 
     assert train.main(words(images, *LAWS["absorbing"], steps=2, name="i")) == 0
     assert train.main(words(story, *LAWS["absorbing"], steps=2, name="t")) == 0
     (Path("c.toml")).write_text("")
+    os.mkfifo("pipe.txt")
     capsys.readouterr()
     for command, message in (
         (["sample", "runs/i", "--sampler", "ddim"], "sample.sampler must be one of ancestral for method d3pm, not 'ddim'"),
@@ -499,6 +502,7 @@ def test_what_other_programs_and_options_say(images: Path, story: Path, capsys: 
         (["sample", "runs/i", "--infill", "a_"], "--infill goes with networks of text, not of images"),
         (["sample", "runs/i", "--out", "x.txt"], "--out must end in .h5 or .png"),
         (["sample", "runs/t", "--out", "x.png"], "--out must end in .txt or .h5"),
+        (["sample", "runs/t", "--out", "pipe.txt"], "--out pipe.txt: is not a regular file"),
         (["sample", "runs/t", "--class", "1"], "--class goes with networks of images, not of text"),
         (["sample", "runs/t", "--guidance", "1"], "--guidance goes with networks of images, not of text"),
         (["sample", "runs/t", "--infill", "no blanks"], "--infill takes a text with blanks"),
@@ -506,6 +510,10 @@ def test_what_other_programs_and_options_say(images: Path, story: Path, capsys: 
         (["edit", "vary", "runs/i"], "this needs a network that takes Gaussian noise off images (ddpm, ncsn,"),
         (["edit", "vary", "runs/t"], "not method d3pm"),
         (["train-classifier", "runs/i"], "not method d3pm"),
+        (["train-classifier", "runs/t"], "not method d3pm"),
+        (["train-classifier", "runs/i", "--out", "no/such/c.h5"], "there is no folder"),
+        (["train-classifier", "runs/i", "--out", "pipe.txt"], "is not a regular file"),
+        (["train", "--set", "method=d3pm", "--set", "train.loss=hybrid"], "train.loss goes with the method ddpm, not with d3pm"),
         (["evaluate", "runs/i", "--bits", "--method", "flow"], "--method goes with methods of Gaussian noise, not with d3pm"),
         (["evaluate", "runs/t", "--bits", "--eta", "0.5"], "--eta goes with methods of Gaussian noise, not with d3pm"),
         (["evaluate", "runs/i", "--bits", "--steps", "13"], "--steps must be in 1..12, not 13"),
@@ -514,7 +522,10 @@ def test_what_other_programs_and_options_say(images: Path, story: Path, capsys: 
         (["evaluate", "runs/t", "--bits", "--data", str(images)], "not a text file"),
         (["evaluate", "runs/i", "--bits", "--data", "digits"], "digits holds images of 8×8×1, the network is for 4×4×1"),
         (["train", "--resume", "runs/t", "--set", "data.length=10"], "cannot change data.length: its checkpoint has 12"),
-        (["train", "--resume", "runs/i", "--set", "diffusion.transition=gaussian"], "cannot change [diffusion]"),
+        (
+            ["train", "--resume", "runs/i", "--set", "diffusion.transition=gaussian"],
+            "cannot change diffusion.transition",
+        ),
         (["train", "--resume", "runs/i", "--set", "method=multinomial"], "cannot change method: its checkpoint has d3pm"),
     ):
         assert cli.main([*command, "--device", "cpu"]) == 2, command
@@ -583,3 +594,13 @@ def test_the_law_of_text_is_masked_by_one_state_more(story: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[diffusion\]: the transition nearest needs the rates of 27 states"):
         config = resolved(f"data.path={story}", *LAWS["nearest"], of=text.load(story, "train", 12))
         categorical.Categorical(config, (12,))
+
+
+def test_a_text_of_few_letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    for letters, said in (("ab", "0.000 bits a letter, given 0 letters"), ("abcdefghijkl", "given 0, 1, 2 letters")):
+        short.write_text(letters)
+        assert cli.main(["info", str(short)]) == 0 and said in capsys.readouterr().out
+    assert train.main(words(short, *LAWS["absorbing"], "data.length=1", steps=2, name="s")) == 0
+    assert evaluate.main(["runs/s", "--bits", "--n", "1", "--device", "cpu"]) == 0
+    assert "letter given 1 before it" in capsys.readouterr().out

@@ -22,6 +22,7 @@ import pytest
 
 from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
+from alphabar.tools.files import replacing
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:
@@ -366,3 +367,14 @@ def test_sweep_takes_temporary_files_only(saved: Path) -> None:
     stale.touch()
     assert checkpoint.sweep(saved.parent) == [stale]
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_device_or_a_folder_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            checkpoint.save(path, {"a": np.zeros(3)}, {})
+        with pytest.raises(OSError, match="not a regular file"), replacing(path) as temporary:
+            temporary.write_text("a")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

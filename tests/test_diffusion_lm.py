@@ -562,3 +562,25 @@ def test_arguments_out_of_range(batch):
     ):
         with pytest.raises(TypeError, match=why):
             odd()
+
+
+def test_what_does_not_go_together_is_named():
+    rng, s = np.random.default_rng(0), schedules.sqrt(10)
+    table, w = rng.normal(size=(6, 4)), rng.integers(0, 6, (3, 5))
+    x, scores = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 5, 6))
+    run = tables.ddpm(s, 10, prediction="x0")
+
+    def words(logits):
+        return diffusion_lm_sampler.sample(lambda x, t: 0.5 * x, run, x, table, logits=logits)
+
+    for call, message in (
+        (lambda: diffusion_lm.rounding_logits(x, table.tolist()), "embedding must be a float array"),
+        (lambda: diffusion_lm.rounding_logits(x, table[:, :3]), "embedding must be"),
+        (lambda: diffusion_lm.rounding_loss(scores, w.tolist()), "w must be"),
+        (lambda: diffusion_lm.nearest_words(x, table.tolist()), "codebook must be a float array"),
+        (lambda: diffusion_lm.end_to_end_loss(x, x, x, scores, w, 11, s), "t must be in 1..10"),
+        (lambda: words(lambda x: 5), "what logits returns must be a float array"),
+        (lambda: words(lambda x: x[0]), "logits must return shape"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()

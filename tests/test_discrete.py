@@ -417,8 +417,8 @@ def test_what_is_refused():
     law, x, logits = Uniform(K, BETA), np.zeros((2, 3), np.int32), np.zeros((2, 3, K))
     for call, error, message in [
         (lambda: discrete.q_sample(x, 1, BETA), TypeError, "law must be one of core.transitions"),
-        (lambda: discrete.q_sample(logits, 1, law), TypeError, "x must be an integer array"),
-        (lambda: discrete.q_sample(x + K, 1, law), ValueError, r"x must be in 0\.\.2"),
+        (lambda: discrete.q_sample(logits, 1, law), TypeError, "x0 must be an integer array"),
+        (lambda: discrete.q_sample(x + K, 1, law), ValueError, r"x0 must be in 0\.\.2"),
         (lambda: discrete.q_sample(x, T + 1, law), ValueError, r"t must be in 0\.\.4"),
         (lambda: discrete.q_sample([0, 1], 1, law), TypeError, "x0 must be an array"),
         (lambda: discrete.q_step(x, 0, law), ValueError, r"t must be in 1\.\.4"),
@@ -432,3 +432,23 @@ def test_what_is_refused():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_times_of_any_integer_dtype():
+    x = np.arange(K).repeat(2)[:T, None] % K
+    t = np.arange(1, T + 1)
+    for law in (DiscretizedGaussian(K, BETA), NearestNeighbour(RATES, BETA), Uniform(K, BETA)):
+        wanted = discrete.q_posterior(x, x, t, law)
+        for dtype in ("u1", "u8", ">i2"):
+            np.testing.assert_array_equal(discrete.q_posterior(x, x, t.astype(dtype), law), wanted)
+            np.testing.assert_array_equal(
+                discrete.q_posterior(x, x, t.astype(dtype), law, np.zeros(T, "i8")), discrete.q_posterior(x, x, t, law, 0)
+            )
+
+
+def test_what_is_not_x0_is_named():
+    law = Uniform(K, BETA)
+    for x0 in (np.full((2, 1), K), np.zeros((2, 1))):
+        for call in (lambda x0=x0: discrete.q_sample(x0, 1, law), lambda x0=x0: discrete.q_posterior(x0, x0, 1, law)):
+            with pytest.raises((TypeError, ValueError), match="x0 must be"):
+                call()

@@ -262,3 +262,10 @@ def test_wrong_arguments_are_named(words):
         vlb_terms(oracle.model, oracle.words * 1.0, oracle.law)
     with pytest.raises(ValueError, match="at least one element"):
         vlb_terms(oracle.model, oracle.words[:0], oracle.law)
+
+
+def test_the_prior_term_is_of_states_alone():
+    law = Uniform(3, rates.cosine(6))
+    for x0 in (np.array([[3]]), np.array([[-1]]), np.array([[1.0]]), [[1]]):
+        with pytest.raises((TypeError, ValueError), match="x0 must be"):
+            prior_kl(x0, law)

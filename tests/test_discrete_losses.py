@@ -228,7 +228,34 @@ def test_rows_are_the_reverse_step():
             np.testing.assert_allclose(w / w.sum(axis=-1, keepdims=True), wanted, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_nothing_is_lost_where_nothing_is_forgotten(lam):
+    law = Uniform(4, [0.0, 0.0, 0.0, 0.3])
+    z, x = np.random.default_rng(3).standard_normal((4, 1, 4)), np.arange(4)[:, None]
+    for t in (1, 2):
+        value, gradient = hybrid_loss(z, x, x, t, law, lam)
+        np.testing.assert_array_equal(value, 0)
+        np.testing.assert_array_equal(gradient, 0)
+        keep, spread, C, D = rows_of(law, t - 1, t)
+        w = np.exp(discrete.reverse_from_x0(z, x, t, law))
+        np.testing.assert_allclose(w, (keep * np.eye(4)[x] + spread) * (C + D), rtol=1e-12)
+    value, _ = hybrid_loss(z, x, x, 3, law, lam)
+    assert (value > 0).all()
+
+
 # -------------------------------------------------------------------------------------------------------------------- the door
+
+
+def test_logits_of_another_byte_order():
+    rng = np.random.default_rng(4)
+    for law, D in ((Uniform(4, BETA), 4), (Absorbing(4, BETA), 3), (DiscretizedGaussian(4, BETA), 4)):
+        z, x = rng.standard_normal((5, 3, D)), rng.integers(0, 3, (5, 3))
+        x_t = discrete.q_sample(x, 3, law)
+        wanted, found = hybrid_loss(z, x, x_t, 3, law), hybrid_loss(z.astype(">f8"), x.astype(">i4"), x_t, 3, law)
+        for a, b in zip(wanted, found, strict=True):
+            np.testing.assert_array_equal(a, b)
+        pushed = discrete.reverse_from_x0(z.astype(">f8"), x_t, 3, law)
+        np.testing.assert_array_equal(pushed, discrete.reverse_from_x0(z, x_t, 3, law))
 
 
 def test_torch_tensors_are_answered_in_kind():

@@ -296,3 +296,10 @@ def test_wrong_arguments_are_named(words):
     for error, match, arguments, options in cases:
         with pytest.raises(error, match=match):
             sample(*arguments, **options)
+
+
+def test_grids_of_unsigned_numbers_must_ascend_too():
+    law = Uniform(3, rates.cosine(6))
+    np.testing.assert_array_equal(grid_of(law, grid=np.array([2, 3, 6], np.uint8)), [2, 3, 6])
+    with pytest.raises(ValueError, match="grid must ascend"):
+        grid_of(law, grid=np.array([3, 2, 6], np.uint8))

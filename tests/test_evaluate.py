@@ -235,6 +235,7 @@ def test_a_network_that_answers_nan(folder: Path, tmp_path: Path, capsys: pytest
         (("ddpm", "--bits", "--data", "unsplit.h5"), "has no test images"),
         (("ddpm", "--bits", "--data", "unsplit.h5", "--split", "all"), "has other classes than the network"),
         (("ddpm", "--bits", "--out", "no/such/x.json"), "there is no folder"),
+        (("ddpm", "--bits", "--out", "."), "is not a regular file"),
         (("ddpm", "--bits", "--method", "guess"), "invalid choice"),
     ],
 )

@@ -71,6 +71,13 @@ def test_what_it_reads(judge: Any, tmp_path: Path) -> None:
     assert judge.known(["cut the earth of", "no"], {"the"}) == 0.5
 
 
+def test_samples_of_a_letter_or_two(judge: Any, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for letters in ("a", "ab"):
+        path = sheets.write_text("title", [letters], tmp_path / "s.txt")
+        assert judge.main([str(path), "--reference", str(reference)]) == 0
+        assert f"of {len(letters)} letters" in capsys.readouterr().out
+
+
 def test_mistakes_end_with_one_line(judge: Any, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheets.write_text("title", ["and the"], tmp_path / "s.txt")
     (tmp_path / "empty.txt").write_text("title\n")
@@ -78,6 +85,7 @@ def test_mistakes_end_with_one_line(judge: Any, reference: Path, tmp_path: Path,
         (["none.txt"], "No such file"),
         ([str(tmp_path / "empty.txt")], "holds no samples"),
         ([str(tmp_path / "s.txt"), "--property", "god"], "--property must be word:WORD"),
+        ([str(tmp_path / "s.txt"), "--at-least", "0.5"], "--at-least goes with --property"),
         ([str(tmp_path / "s.txt"), "--reference", "none"], "none"),
         ([str(tmp_path / "s.txt"), "--reference", str(reference), "--order", "0"], "order"),
     ):

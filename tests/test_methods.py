@@ -526,7 +526,7 @@ def test_a_resumed_run_keeps_its_method(images: Path, capsys: pytest.CaptureFixt
     assert train.main(words(images, "vesde", "sample.steps=2", steps=2)) == 0
     for change, message in (
         ("method=ncsn", "cannot change method: its checkpoint has vesde"),
-        ("diffusion.sigma_max=9", "cannot change [diffusion]"),
+        ("diffusion.sigma_max=9", "cannot change diffusion.sigma_max: its checkpoint has"),
     ):
         more = ["--set", change, *(["--set", "sample.sampler=ddim"] if "method" in change else [])]
         assert train.main(["--resume", str(run_of(images)), "--device", "cpu", "--quiet", *more]) == 2

@@ -252,7 +252,7 @@ def test_a_finished_run_draws_its_sheet_again(images: Path, reference: None) -> 
 
 def test_resume_refuses_other_data_and_another_network(images: Path, reference: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(words(images, steps=3)) == 0
-    assert fails(capsys, ["--resume", str(run_of(images)), "--set", "model.blocks=2"], "cannot change [model]")
+    assert fails(capsys, ["--resume", str(run_of(images)), "--set", "model.blocks=2"], "cannot change model.blocks: its")
     assert fails(capsys, ["--resume", str(run_of(images)), "--data", "digits"], "other data (tiny) than digits")
     with h5py.File(images, "a") as f:
         f["images"][0, 0, 0] ^= 1

@@ -417,3 +417,10 @@ def test_what_is_refused():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_jumps_for_any_time_end_at_the_uniform_law():
+    rates_ = neighbour_rates(np.random.default_rng(0).normal(size=(8, 2)), 4)
+    law = NearestNeighbour(rates_, [0.0, 1e15, 1e300, 1e308])
+    for t in (1, 2, 3):
+        np.testing.assert_allclose(law.cumulative(t), 1 / 8, rtol=1e-9)

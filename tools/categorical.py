@@ -20,7 +20,9 @@ from alphabar.tools.methods import Predict
 from alphabar.tools.sampling import Guide, Model, Sampler
 
 Array = Any
-HYBRID = {"images": 0.001, "text": 0.01}  # λ of D3PM; the loss of multinomial diffusion is the bound alone
+# λ of D3PM; the loss of multinomial diffusion is the bound alone. The cross-entropy asks for the law of x_0 given all of x_t, the
+# bound for that given the other elements: under a mask they are one, under other laws a large λ spoils the bound.
+HYBRID = {("images", True): 0.001, ("images", False): 0.001, ("text", True): 0.01, ("text", False): 0.0}
 LEFT = 1e-6  # of the information, at the least, where the rates of the transition nearest are slowed
 LINEAR = (1e-4, 0.02)  # the ends of the linear schedule at T = 1000
 
@@ -190,7 +192,8 @@ def resolved(config: Config, data: Any) -> Config:
     if states < 2:
         raise ConfigError(f"diffusion.states must be 0 or in 2..256, not {states}")
     if t.hybrid < 0:
-        t = dataclasses.replace(t, hybrid=HYBRID[kind] if config.method == "d3pm" else 0.0)
+        masked = config.diffusion.transition == "absorbing"
+        t = dataclasses.replace(t, hybrid=HYBRID[kind, masked] if config.method == "d3pm" else 0.0)
     s = dataclasses.replace(s, steps=s.steps or own_steps(d.T))
     return dataclasses.replace(config, diffusion=dataclasses.replace(d, states=states), train=t, sample=s)
 

@@ -18,6 +18,7 @@ import numpy as np
 from alphabar.core.data import DataError
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.tools.config import ConfigError
+from alphabar.tools.files import replaceable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # why a write to stdout fails, a reader gone away apart
 
@@ -146,10 +147,17 @@ def outputs(given: list[Path] | None, usual: Sequence[str], suffixes: Sequence[s
             raise UserError(f"--out must end in {' or '.join(suffixes)}, not {str(path)!r}")
         if suffix in found:
             raise UserError(f"--out names two {suffix} files")
-        if not path.parent.is_dir():
-            raise UserError(f"--out {path}: there is no folder {path.parent}")
-        found[suffix] = path
+        found[suffix] = output(path)
     return found
+
+
+def output(path: Path) -> Path:
+    """The file that --out names. UserError where its folder is missing, or where it is there and not a plain file."""
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    if not replaceable(path):
+        raise UserError(f"--out {path}: is not a regular file")
+    return path
 
 
 def device(text: str) -> tuple[ModuleType, str]:

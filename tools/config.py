@@ -241,7 +241,8 @@ def sampler(config: Config) -> str:
     """The name of the sampler of ``config``: that of its method and loss where it says "auto"."""
     if config.sample.sampler != "auto":
         return config.sample.sampler
-    return "learned" if config.train.loss == "hybrid" else SAMPLERS[config.method][0]
+    own = SAMPLERS[config.method]
+    return "learned" if config.train.loss == "hybrid" and "learned" in own else own[0]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from alphabar.core.data import Dataset, to_unit
 from alphabar.core.text import Text
 from alphabar.nets import products
 from alphabar.tools import bits, evaluate_states, evaluate_words, sources, trained
-from alphabar.tools.command import Failure, Parser, UserError, device, integer, program, real
+from alphabar.tools.command import Failure, Parser, UserError, device, integer, output, program, real
 from alphabar.tools.config import DISCRETE, EMBEDDED
 from alphabar.tools.files import replacing
 from alphabar.tools.methods import CLIP
@@ -44,8 +44,8 @@ Model = Callable[[Array, Array], Array]
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute the likelihood of images; returns the exit code."""
     options = _parser().parse_args(argv)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out is not None:
+        output(options.out)
     xp, where = device(options.device)
     network = trained.load(options.checkpoint, options.raw_weights, xp)
     images = _samples(options, network)

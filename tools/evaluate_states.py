@@ -47,7 +47,7 @@ def bound(
             at = slice(start, start + o.batch)
             y = None if labels is None else xp.asarray(labels[at])
             x0 = process.states(xp.asarray(source[rows[at]]))
-            model, count = partial(predict, y=y), partial(_count, bar, len(x0))
+            model, count = partial(predict, y=y), partial(advance, bar, len(x0))
             parts.append(discrete_bound.vlb_terms(model, x0, law, steps, None, some, o.draws, o.seed, start, count))
     whole = Bound.join(parts)
     if not np.isfinite(whole.nats).all():
@@ -76,10 +76,12 @@ def refuse(o: Any, what: str) -> None:
 
 def entropies_beside(samples: Any) -> tuple[list[float], list[str]]:
     """(conditional entropies of a text, the lines that set them beside its bound)."""
-    entropies = [ngram.entropy(samples.tokens, n, samples.states) for n in range(1, LONGEST + 1)]
+    longest = min(LONGEST, len(samples.tokens))
+    entropies = [ngram.entropy(samples.tokens, n, samples.states) for n in range(1, longest + 1)]
     lines = ["", "for comparison, of this text, bits/char:", f"{'uniform letters':<28} {np.log2(samples.states):>9.4f}"]
     return entropies, lines + [f"{f'letter given {n} before it':<28} {h:>9.4f}" for n, h in enumerate(entropies)]
 
 
-def _count(bar: Progress, samples: int, done: int, calls: int) -> None:
+def advance(bar: Progress, samples: int, done: int, calls: int) -> None:
+    """What a bound calls after each call of its model: the bar goes on by so many samples."""
     bar.advance(samples)

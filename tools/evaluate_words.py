@@ -14,7 +14,7 @@ from alphabar.kernels.arrays import to_numpy
 from alphabar.nets.autograd import no_grad
 from alphabar.tools import bits
 from alphabar.tools.command import UserError
-from alphabar.tools.evaluate_states import entropies_beside, refuse
+from alphabar.tools.evaluate_states import advance, entropies_beside, refuse
 from alphabar.tools.progress import Progress
 from alphabar.tools.trained import Trained
 
@@ -57,7 +57,7 @@ def bound_of_text(
     with Progress("evaluating", len(rows) * calls, 0, o.quiet, "sample step") as bar:
         for start in range(0, len(rows), o.batch):
             words = xp.asarray(samples.windows[rows[start : start + o.batch]].astype(np.int32))
-            count = partial(_count, bar, len(words))
+            count = partial(advance, bar, len(words))
             one, rounded = _window_bound(network, words, c, model, some, chances, o.draws, o.seed, start, count)
             parts.append(one)
             rounding.append(rounded)
@@ -83,10 +83,6 @@ def bound_of_text(
     lines += ["", f"{len(c):,} steps{sampled}, x0 the embedding nearest to x_t at t <= {told:g}; draws: {o.draws}, seed {o.seed}"]
     results["entropies"], beside = entropies_beside(samples)
     return results, lines + beside
-
-
-def _count(bar: Progress, samples: int, done: int, calls: int) -> None:
-    bar.advance(samples)
 
 
 def clear_until(embedding: np.ndarray, s: Schedule) -> int:

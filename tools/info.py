@@ -61,11 +61,12 @@ def _dataset(path: Path) -> list[tuple[str, Any]]:
 
 def _text(path: Path) -> list[tuple[str, Any]]:
     train, test = (text.load(path, split, 1) for split in ("train", "test"))
-    entropies = (f"{ngram.entropy(train.tokens, n, train.states):.3f}" for n in (1, 2, 3))
+    given = range(min(3, len(train.tokens)))  # letters before the one that is told
+    entropies = [f"{ngram.entropy(train.tokens, n + 1, train.states):.3f}" for n in given]
     return [
         ("text", train.name),
         ("letters", f"{len(train.tokens):,} train, {len(test.tokens):,} test, of {train.states}: {train.alphabet!r}"),
-        ("entropy", f"{', '.join(entropies)} bits a letter, given 0, 1, 2 letters before it"),
+        ("entropy", f"{', '.join(entropies)} bits a letter, given {', '.join(map(str, given))} letters before it"),
         ("begins", train.decode(train.tokens[:60])),
         ("sha256", train.sha256),
     ]

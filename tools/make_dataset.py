@@ -10,7 +10,7 @@ from alphabar.core.data import DataError
 from alphabar.kernels.counter import permutation
 from alphabar.kernels.streams import ORDER
 from alphabar.tools import dataset_file, idx
-from alphabar.tools.command import Failure, Parser, UserError, integer, program, real
+from alphabar.tools.command import Failure, Parser, UserError, integer, output, program, real
 from alphabar.tools.progress import Progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm"}
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--background goes with --pad")
     if options.out.exists() and not options.force:
         raise UserError(f"{options.out} exists already; --force replaces it")
-    if not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
+    output(options.out)
     try:
         if options.folder is not None:
             given = [n for n in ("labels", "test_images", "test_labels", "classes") if getattr(options, n) is not None]

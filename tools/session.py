@@ -130,6 +130,8 @@ class Session:
                     self.attempt("loss.png", self.run.draw_curve)
         self.save()
         self.attempt("loss.png", self.run.draw_curve)
+        if self.saved != trainer.done:
+            raise Failure(f"{self.run.checkpoints}: the last checkpoint, of step {trainer.done}, could not be written")
 
     def one_step(self) -> Step:
         """The next step; where it is not finite the run ends, with its inputs kept for study and no checkpoint touched."""

@@ -130,10 +130,11 @@ def _check_fixed(config: Config, found: Found, dataset: Any) -> None:
     before = configs.from_dict(found[2]["config"])
     before = families.of(before).resolved(before, dataset)  # what an older version did not write down
     for name in FIXED:
-        value = attrgetter(name)
-        if value(config) != value(before):
-            shown = f"[{name}]" if name in configs.SECTIONS else name
-            raise UserError(f"a resumed run cannot change {shown}: its checkpoint has {value(before)}")
+        of_section = [key for key in configs.TYPES if key.startswith(f"{name}.")]
+        for key in of_section or [name]:
+            value = attrgetter(key)
+            if value(config) != value(before):
+                raise UserError(f"a resumed run cannot change {key}: its checkpoint has {value(before)}")
 
 
 def _folder(options: Any, config: Config, found: Found | None) -> Path:

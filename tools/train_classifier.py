@@ -12,7 +12,7 @@ from alphabar.nets.checkpoint import CheckpointError
 from alphabar.nets.classifier import Classifier
 from alphabar.tools import classifiers, networks, properties, runs, word_classifier
 from alphabar.tools import config as configs
-from alphabar.tools.command import Parser, UserError, device, integer, program, real
+from alphabar.tools.command import Parser, UserError, device, integer, output, program, real
 from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.methods import Process
 from alphabar.tools.trainer import check_kind, load_weights
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     o = parser.parse_args(argv)
+    if o.out is not None:
+        output(o.out)
     xp, _ = device(o.device)
     found, _, meta = runs.read(o.run)
     check_kind(found, meta)
@@ -82,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return word_classifier.train(o, found, config, xp)
     if o.property is not None:
         raise UserError(f"--property goes with networks of method {', '.join(configs.EMBEDDED)}, not with {config.method}")
+    process = Process(config)  # before the data: it refuses the methods that this is not for
     images = data.load(o.data or config.data.path, config.data.split)
     if images.labels is None:
         raise UserError(f"{images.name} has no labels: there is nothing to classify")
     net = _network(config, images, o.seed, xp)
-    process = Process(config)
     optimiser = classifiers.fit(net, lambda k: _batch(process, images, config.data.flip, xp, o, k), o)
     held_out = _test_split(o.data or config.data.path, images)
     with net.params.using(optimiser.ema):

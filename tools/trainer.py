@@ -173,7 +173,9 @@ def check_data(path: Any, meta: Mapping[str, Any], data: Any) -> None:
     """CheckpointError unless ``meta`` is that of a training checkpoint made with these data."""
     check_kind(path, meta)
     if meta["data"].get("sha256") != data.sha256:
-        raise CheckpointError(path, f"was trained on other data ({meta['data'].get('name')}) than {data.name}")
+        name = meta["data"].get("name")
+        known = "" if name == data.name else f" ({name})"
+        raise CheckpointError(path, f"was trained on other data{known} than {data.name}")
 
 
 def load_weights(path: Any, net: Network, arrays: Mapping[str, Any], group: str) -> None:
