@@ -1,6 +1,6 @@
 """Memory and time of the structured discretised Gaussian law beside the dense table of all Q̄_t, K = 256, T = 1000.
 
-    python bench/transitions.py --write        # also into bench/results/transitions.md and .json
+    python -m bench.transitions --write        # also into bench/results/transitions.md and .json
 
 The dense table is what D3PM's code keeps: Q̄_t and Q_t for all t. It is tried in NumPy (float64, as the laws here are) and in
 PyTorch (float32), with the same formulas: a gather of rows for x_t ~ q(x_t|x_0), and for p_θ(x_{t−1}|x_t) a gather of columns
@@ -9,7 +9,6 @@ times a product p̃·Q̄_{t−1}. Contestants take turns; medians.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 
 from alphabar.core import discrete, rates
 from alphabar.core.transitions import DiscretizedGaussian
+from alphabar.kernels.cpu import threads  # holds BLAS to one thread, as everywhere here
 from bench import report, timing
 
 K, T = 256, 1000
@@ -82,7 +82,7 @@ def torch_reverse(dense: Table, logits: torch.Tensor, x_t: torch.Tensor, t: torc
 
 def measure(rounds: int) -> dict[str, Any]:
     """Bytes, seconds to build, seconds of each operation, and the largest difference of the results."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads.threads())
     timing.keep_freed_memory()
     beta = rates.linear(T)
     start = time.perf_counter()
@@ -153,7 +153,7 @@ def main() -> None:
             "# Discretised Gaussian transitions, K = 256, T = 1000",
             "",
             f"{e['date']}, {e['processor']}, {e['threads']} threads, commit {e['commit']}. Images {'×'.join(map(str, SHAPE))}.",
-            "The dense tables hold Q̄_t and Q_t. Made by `python bench/transitions.py --write`.",
+            "The dense tables hold Q̄_t and Q_t. Made by `python -m bench.transitions --write`.",
             "",
         ]
         (RESULTS / "transitions.md").write_text("\n".join([*head, *lines(found), ""]))

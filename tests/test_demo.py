@@ -272,9 +272,9 @@ def test_mistakes(words: list[str], reason: str, capsys: pytest.CaptureFixture[s
 def test_a_folder_that_may_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "picture.png").mkdir()
-    assert cli.main(["demo", "forward", "--out", str(tmp_path / "picture.png")]) == 1
+    assert cli.main(["demo", "forward", "--out", str(tmp_path / "picture.png")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "picture.png: Is a directory" in err and len(list(tmp_path.iterdir())) == 1
+    assert err.count("\n") == 1 and "picture.png: is not a regular file" in err and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["forward", "all"])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from alphabar.tools.command import Failure, Parser, UserError, integer, program
+from alphabar.tools.command import Failure, Parser, UserError, integer, output, program
 from alphabar.tools.demos import discrete, figures, forward, langevin, low_density, trajectories
 
 DEMOS: dict[str, tuple[ModuleType, str]] = {
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     figures.require()
     if given.demo != ALL:
-        _check(given.out.parent)
+        output(given.out)
         _demonstrate(given.demo, given)
         return 0
     try:
@@ -57,11 +57,6 @@ def _parser() -> Parser:
     every.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="folder of the pictures, made if missing")
     every.add_argument("--seed", type=integer(0, 2**63), default=0, metavar="N", help="default 0")
     return parser
-
-
-def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"--out: there is no folder {folder}")
 
 
 def _demonstrate(name: str, given: Namespace) -> None:
