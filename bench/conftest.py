@@ -1,5 +1,6 @@
 """Options and the report of the benchmarks: a table at the end of the run and, with --write, files under bench/results/."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in report.table(rows):
         terminalreporter.write_line(line)
     if name:
-        command = "python -m pytest " + " ".join(str(a) for a in config.invocation_params.args)
+        command = "python -m pytest " + shlex.join(map(str, config.invocation_params.args))
         for path in report.write(RESULTS, name, rows, command):
             terminalreporter.write_line(f"wrote {path.relative_to(RESULTS.parents[1])}")
