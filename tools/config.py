@@ -159,10 +159,11 @@ class Sample:
     temperature: float = _setting(1.0, 0.01, 100.0, only=("ancestral",))  # the logits are divided by it
     clamp: float = _setting(1.0, 0.0, 1.0, methods=EMBEDDED)  # x0 becomes the nearest embedding in this last share of the times
     resample: int = _setting(1, 1, 1000, methods=EMBEDDED)  # visits of each level where blanks are filled in, as RePaint makes
-    fluency: float = _setting(0.01, 0.0, 1e6, methods=EMBEDDED)  # λ of log p(x_{t−1}|x_t) beside a classifier's log p(c|x_{t−1})
-    control_steps: int = _setting(3, 0, 10_000, methods=EMBEDDED)  # gradient steps of the control by a classifier, at each level
-    control_rate: float = _setting(0.1, 0.0, 1e6, methods=EMBEDDED)  # their size
-    control_method: str = _setting("adagrad", choices=("adagrad", "sgd"), methods=EMBEDDED)  # sgd: rate·variance·gradient
+    # control by a classifier: the mean form of classifier guidance; the paper's is adagrad, 3 steps, rate 0.1, fluency 0.01
+    control_method: str = _setting("sgd", choices=("adagrad", "sgd"), methods=EMBEDDED)  # sgd: rate·variance·gradient
+    control_steps: int = _setting(1, 0, 10_000, methods=EMBEDDED)  # gradient steps at each level
+    control_rate: float = _setting(1.0, 0.0, 1e6, methods=EMBEDDED)  # their size
+    fluency: float = _setting(0.0, 0.0, 1e6, methods=EMBEDDED)  # λ of log p(x_{t−1}|x_t) beside a classifier's log p(c|x_{t−1})
     columns: int = _setting(8, 1, 1000)  # of a sheet; of text, how many samples are on it
 
 
