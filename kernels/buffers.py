@@ -44,6 +44,14 @@ class Pool:
         self._token = None
 
 
+def into(out: Any, y: Any) -> Any:
+    """``out`` with ``y`` written to it, or ``y`` itself where there is no ``out``."""
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
 def empty(shape: tuple[int, ...], dtype: Any, xp: Any = np) -> Any:
     """An uninitialised array, from the active pool if there is one."""
     pool = _active.get()

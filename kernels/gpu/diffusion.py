@@ -8,7 +8,7 @@ import numpy as np
 from ..buffers import empty
 from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
-from .launch import THREADS, aligned, blocks, current, i32, table, u32
+from .launch import THREADS, aligned, blocks, current, draw, i32, table, u32
 
 Array = Any
 
@@ -26,8 +26,8 @@ def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_s
     walk = _walk(out.shape[0], prod(out.shape[1:]), out)
     if walk:
         grid, sizes, suffix = walk
-        draw = (u32(seed), u32(seed >> 32), u32(step), u32(stream), u32(first_sample))
-        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *draw))
+        words = draw(seed, step, stream, first_sample)
+        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *words))
     return out
 
 
@@ -58,9 +58,9 @@ def q_sample(
             table(device, noise),
             i32(len(signal)),
         )
-        draw = (u32(seed), u32(seed >> 32), u32(step), u32(stream), u32(first_sample))
+        words = draw(seed, step, stream, first_sample)
         name = f"q_sample_{'made' if made else 'given'}_{suffix}"
-        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *draw))
+        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *words))
     return out, eps if eps_out is None else eps_out
 
 
@@ -92,8 +92,8 @@ def step(
         whole = not isinstance(rows, np.ndarray) or not rows.flags.writeable
         coefficients, row = (table(device, rows), i) if whole else (table(device, rows[i : i + 1]), 0)
         limits = (np.int32(clip is not None), np.float32(low), np.float32(high))
-        draw = (u32(seed), u32(seed >> 32), u32(stream), u32(first_sample))
+        words = (u32(seed), u32(seed >> 32), u32(stream), u32(first_sample))
         name = f"step_{'made' if made else 'none' if noise is None else 'given'}_{suffix}"
-        args = (x, m, coefficients, np.int32(row), u32(i), None, *past, guidance, given, *limits, out, store, *sizes, *draw)
+        args = (x, m, coefficients, np.int32(row), u32(i), None, *past, guidance, given, *limits, out, store, *sizes, *words)
         device.launch("step", name, grid, (THREADS,), args)
     return out

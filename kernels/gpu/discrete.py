@@ -7,15 +7,11 @@ import numpy as np
 from ..buffers import empty
 from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
-from .launch import THREADS, blocks, current, i32, table, u32
+from .launch import THREADS, blocks, current, draw, i32, table
 
 Array = Any
 
 ENOUGH_WARPS = 8192  # that fill the largest GPU; beyond them a warp takes several elements
-
-
-def _draw(seed: int, step: int, stream: int, first_sample: int) -> tuple[np.uint32, ...]:
-    return u32(seed), u32(seed >> 32), u32(step), u32(stream), u32(first_sample)
 
 
 def _walk(shape: tuple[int, ...], count: int, columns: int) -> tuple[tuple[int], tuple]:
@@ -31,7 +27,7 @@ def categorical(
     out = empty(log_weights.shape[:-1], np.int32, device.xp) if out is None else out
     if out.size:
         grid, sizes = _walk(out.shape, out.size, log_weights.shape[-1])
-        args = (log_weights, out, *sizes, *_draw(seed, step, stream, first_sample))
+        args = (log_weights, out, *sizes, *draw(seed, step, stream, first_sample))
         device.launch("discrete", "categorical", grid, (THREADS,), args)
     return out
 
@@ -53,8 +49,8 @@ def categorical_posterior(
     if out.size:
         grid, sizes = _walk(out.shape, out.size, logits.shape[-1])
         states = device.xp.asarray(x_t, dtype=np.int32)
-        draw = _draw(seed, index if step is None else step, stream, first_sample)
-        args = (logits, states, table(device, rows), np.int32(index), np.int32(mask), out, *sizes, *draw)
+        words = draw(seed, index if step is None else step, stream, first_sample)
+        args = (logits, states, table(device, rows), np.int32(index), np.int32(mask), out, *sizes, *words)
         device.launch("discrete", "categorical_posterior", grid, (THREADS,), args)
     return out
 
@@ -79,8 +75,8 @@ def categorical_q_sample(
         given = device.xp.asarray(x0, dtype=np.int32), device.xp.asarray(t, dtype=np.int64), table(device, keep)
         law = i32(len(keep)), np.int32(states), np.int32(mask)
         sizes = i32(out.shape[0] * counters), i32(counters), i32(size)
-        draw = _draw(seed, step, stream, first_sample)
+        words = draw(seed, step, stream, first_sample)
         device.launch(
-            "discrete", "categorical_q_sample", blocks(out.shape[0] * counters), (THREADS,), (*given, *law, out, *sizes, *draw)
+            "discrete", "categorical_q_sample", blocks(out.shape[0] * counters), (THREADS,), (*given, *law, out, *sizes, *words)
         )
     return out

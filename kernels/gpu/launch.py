@@ -47,6 +47,11 @@ def u32(value: int) -> np.uint32:
     return np.uint32(value & 0xFFFFFFFF)
 
 
+def draw(seed: int, step: int, stream: int, first_sample: int) -> tuple[np.uint32, ...]:
+    """The words that random numbers depend on besides the sample's place in the batch and the element."""
+    return u32(seed), u32(seed >> 32), u32(step), u32(stream), u32(first_sample)
+
+
 def blocks(threads: int) -> tuple[int]:
     """The grid of a kernel that strides over it."""
     return (min(-(-threads // THREADS), MOST_BLOCKS),)
@@ -59,6 +64,11 @@ def _address(a: Array) -> int:
 def aligned(*arrays: Array | None, bytes_: int = 16) -> bool:
     """Whether every array begins at a multiple of ``bytes_``, as an access of that size demands."""
     return all(_address(a) % bytes_ == 0 for a in arrays if a is not None)
+
+
+def access(count: int, *arrays: Array | None) -> int:
+    """The floats of one access, 4, 2 or 1, to runs of ``count`` floats of these arrays."""
+    return next(w for w in (4, 2, 1) if count % w == 0 and aligned(*arrays, bytes_=4 * w))
 
 
 _tables: dict[tuple[int, int], Array] = {}

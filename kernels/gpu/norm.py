@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import reference
 from ..buffers import empty
-from .launch import aligned, current, i32
+from .launch import access, current, i32
 
 Array = Any
 
@@ -19,7 +19,7 @@ def _norm_plan(x: Array, groups: int, *arrays: Array | None) -> tuple[tuple[int]
     """(grid, block, width of an access, (places, channels, groups, groups of a block)) for x (B, ..., C)."""
     channels = x.shape[-1]
     size, places = channels // groups, prod(x.shape[1:-1])
-    width = next(w for w in (4, 2, 1) if size % w == 0 and aligned(x, *arrays, bytes_=4 * w))
+    width = access(size, x, *arrays)
     span = next((s for s in range(1, groups + 1) if groups % s == 0 and s * size >= SECTOR), groups)
     if span * size // width > NORM_THREADS // 2:
         span = 1

@@ -7,16 +7,12 @@ import numpy as np
 
 from .. import reference
 from ..buffers import empty
-from .launch import THREADS, aligned, blocks, current, i32
+from .launch import THREADS, access, aligned, blocks, current, i32
 
 Array = Any
 
 RUN = 16  # tokens summed by one block; fixed, so that the order of the sum is
 SHARED = 48 << 10  # bytes of shared memory that every GPU gives a block
-
-
-def _width(channels: int, *arrays: Array | None) -> int:
-    return next(w for w in (4, 2, 1) if channels % w == 0 and aligned(*arrays, bytes_=4 * w))
 
 
 def silu(x: Array, out: Array | None = None) -> Array:
@@ -54,7 +50,7 @@ def layer_norm(
     if samples:
         sizes = (i32(samples), i32(tokens), i32(channels), np.float32(eps))
         args = (x, gamma, beta, scale, shift, out, mean, rstd, *sizes)
-        name = f"layer_norm_{_width(channels, x, gamma, beta, scale, shift, out)}"
+        name = f"layer_norm_{access(channels, x, gamma, beta, scale, shift, out)}"
         device.launch("tokens", name, blocks(32 * samples * tokens), (THREADS,), args)
     return out, mean, rstd
 
@@ -81,7 +77,7 @@ def layer_norm_backward(
     runs, warps = -(-tokens // RUN), min(THREADS // 32, SHARED // each)
     parts = empty((samples, runs, 2, channels), x.dtype, device.xp)
     args = (dy, x, gamma, mean, rstd, scale, out, parts, i32(tokens), i32(channels), i32(runs), i32(RUN))
-    name = f"layer_norm_backward_{_width(channels, dy, x, gamma, scale, out)}"
+    name = f"layer_norm_backward_{access(channels, dy, x, gamma, scale, out)}"
     device.launch("tokens", name, (int(i32(samples * runs)),), (32 * warps,), args, warps * each)
     grid = (-(-int(i32(samples * channels)) // THREADS),)
     sizes = (i32(samples), i32(channels), i32(runs))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..arrays import array_module
+from ..buffers import into
 
 Array = Any
 
@@ -20,11 +21,7 @@ def attention(q: Array, k: Array, v: Array, scale: float | None = None, out: Arr
     p = xp.exp(s - top)
     total = p.sum(axis=-1, keepdims=True)
     o = ((p / total) @ vh).transpose(0, 2, 1, 3)
-    if out is None:
-        out = xp.ascontiguousarray(o)
-    else:
-        out[...] = o
-    return out, (top + xp.log(total))[..., 0]
+    return into(out, xp.ascontiguousarray(o)), (top + xp.log(total))[..., 0]
 
 
 def attention_backward(

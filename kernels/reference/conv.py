@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..arrays import array_module
+from ..buffers import into
 
 Array = Any
 
@@ -48,10 +49,7 @@ def conv2d(
             y = y + xt[:, u : u + stride * (rows - 1) + 1 : stride, v : v + stride * (cols - 1) + 1 : stride] @ w[u, v]
     if bias is not None:
         y = y + bias
-    if out is not None:
-        out[...] = y
-        y = out
-    return y
+    return into(out, y)
 
 
 def conv2d_backward_input(
@@ -76,10 +74,7 @@ def conv2d_backward_input(
     dx = dxt[:, before : before + height * factor, before : before + width * factor]
     if upsample:
         dx = dx.reshape(batch, height, 2, width, 2, channels).sum(axis=(2, 4))
-    if out is None:
-        return xp.ascontiguousarray(dx)
-    out[...] = dx
-    return out
+    return into(out, xp.ascontiguousarray(dx))
 
 
 def conv2d_backward_weight(

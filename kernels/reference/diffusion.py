@@ -36,17 +36,12 @@ def q_sample(
     xp = array_module(x0)
     if eps is None:
         eps = normals(buffers.empty(x0.shape, x0.dtype, xp) if eps_out is None else eps_out, seed, step, stream, first_sample)
-    elif eps_out is not None:
-        eps_out[...] = eps
-        eps = eps_out
+    else:
+        eps = buffers.into(eps_out, eps)
     column = (x0.shape[0],) + (1,) * (x0.ndim - 1)
     a = signal[t].astype(x0.dtype).reshape(column)
     s = noise[t].astype(x0.dtype).reshape(column)
-    x_t = a * x0 + s * eps
-    if out is not None:
-        out[...] = x_t
-        x_t = out
-    return x_t, eps
+    return buffers.into(out, a * x0 + s * eps), eps
 
 
 def step(
@@ -89,7 +84,4 @@ def step(
         y = y + c * noise
     if store is not None:
         store[...] = u * x + w * x0 + r * m
-    if out is None:
-        return y
-    out[...] = y
-    return out
+    return buffers.into(out, y)

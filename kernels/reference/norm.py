@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import array_module
+from ..buffers import into
 from .tokens import sigmoid
 
 Array = Any
@@ -50,11 +51,7 @@ def group_norm_silu(
     var = ((xg - mean[:, None, :, None]) ** 2).mean(axis=(1, 3))
     rstd = 1 / array_module(x).sqrt(var + x.dtype.type(eps))
     _, v = _modulated(x, gamma, beta, groups, mean, rstd, scale, shift)
-    y = v * sigmoid(v) if silu else v
-    if out is not None:
-        out[...] = y
-        y = out
-    return y, mean, rstd
+    return into(out, v * sigmoid(v) if silu else v), mean, rstd
 
 
 def group_norm_silu_backward(
@@ -94,7 +91,4 @@ def group_norm_silu_backward(
     g_mean = g.mean(axis=(1, 3), keepdims=True)
     gh_mean = (g * h).mean(axis=(1, 3), keepdims=True)
     dx = (rstd[:, None, :, None] * (g - g_mean - h * gh_mean)).reshape(x.shape)
-    if out is not None:
-        out[...] = dx
-        dx = out
-    return dx, dgamma, dbeta, dscale, dshift
+    return into(out, dx), dgamma, dbeta, dscale, dshift

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..arrays import array_module
+from ..buffers import into
 
 Array = Any
 
@@ -13,22 +14,15 @@ def sigmoid(v: Array) -> Array:
     return 1 / (1 + xp.exp(-xp.clip(v, -80, None)))  # exp of more than 80 would leave float32
 
 
-def _given(out: Array | None, y: Array) -> Array:
-    if out is None:
-        return y
-    out[...] = y
-    return out
-
-
 def silu(x: Array, out: Array | None = None) -> Array:
     """y = x·σ(x), any shape."""
-    return _given(out, x * sigmoid(x))
+    return into(out, x * sigmoid(x))
 
 
 def silu_backward(dy: Array, x: Array, out: Array | None = None) -> Array:
     """dx = dy·σ(x)(1 + x(1 − σ(x)))."""
     s = sigmoid(x)
-    return _given(out, dy * (s * (1 + x * (1 - s))))
+    return into(out, dy * (s * (1 + x * (1 - s))))
 
 
 def layer_norm(
@@ -50,7 +44,7 @@ def layer_norm(
     y = (x - mean[..., None]) * rstd[..., None] * gamma + beta
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, None]) + shift[:, None]
-    return _given(out, y), mean, rstd
+    return into(out, y), mean, rstd
 
 
 def layer_norm_backward(
@@ -77,17 +71,17 @@ def layer_norm_backward(
         dn = dy * (1 + scale[:, None])
     g = dn * gamma
     inner = g - g.mean(axis=-1, keepdims=True) - x_hat * (g * x_hat).mean(axis=-1, keepdims=True)
-    return _given(out, rstd[..., None] * inner), (dn * x_hat).sum(axis=(0, 1)), dn.sum(axis=(0, 1)), dscale, dshift
+    return into(out, rstd[..., None] * inner), (dn * x_hat).sum(axis=(0, 1)), dn.sum(axis=(0, 1)), dscale, dshift
 
 
 def add_gated(x: Array, h: Array, gate: Array, out: Array | None = None) -> Array:
     """y = x + gate·h; x, h (B, T, C), gate (B, C)."""
-    return _given(out, x + gate[:, None] * h)
+    return into(out, x + gate[:, None] * h)
 
 
 def add_gated_backward(dy: Array, h: Array, gate: Array, out: Array | None = None) -> tuple[Array, Array]:
     """Gradients of :func:`add_gated` but for dx = dy: (dh = gate·dy, dgate = Σ_T dy·h)."""
-    return _given(out, gate[:, None] * dy), (dy * h).sum(axis=1)
+    return into(out, gate[:, None] * dy), (dy * h).sum(axis=1)
 
 
 def rotary(x: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
@@ -97,4 +91,4 @@ def rotary(x: Array, cos: Array, sin: Array, out: Array | None = None) -> Array:
     """
     half = x.shape[-1] // 2
     a, b, c, s = x[..., :half], x[..., half:], cos[:, None], sin[:, None]
-    return _given(out, array_module(x).concatenate((a * c - b * s, b * c + a * s), axis=-1))
+    return into(out, array_module(x).concatenate((a * c - b * s, b * c + a * s), axis=-1))
