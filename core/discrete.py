@@ -14,6 +14,7 @@ from ..kernels import streams
 from ..kernels.arrays import array_module
 from . import categorical
 from .exchange import Array, check_times, exchanged
+from .transition import check_law
 from .transitions import Transitions
 from .transitions_closed import Forgetting
 
@@ -24,7 +25,7 @@ def q_sample(x0: Array, t: Any, law: Transitions, seed: int = 0, step: int = 0, 
 
     Drawn from (seed, step, first_sample + place in the batch), the stream of the forward process.
     """
-    _check_law(law)
+    check_law(law)
     categorical.states(x0, law.K, "x0", 1)
     if isinstance(law, Forgetting):
         return _forget(x0, t, law, law.keep, 0, seed, step, first_sample)
@@ -38,7 +39,7 @@ def q_step(x: Array, t: Any, law: Transitions, seed: int = 0, step: int | None =
     ``step`` numbers the noise and defaults to t where t is an int, so that a chain of steps under one seed draws afresh each
     time; else 0.
     """
-    _check_law(law)
+    check_law(law)
     t = check_times(t, 1, law.T)
     if step is None:
         step = t if isinstance(t, int) else 0
@@ -62,7 +63,7 @@ def q_posterior(x0: Array, x_t: Array, t: Any, law: Transitions, s: Any = None, 
 
     Where x_t cannot come from x_0 every entry is −inf. Raises ValueError unless 0 <= s < t.
     """
-    _check_law(law)
+    check_law(law)
     if categorical.states(x0, law.K, "x0", 1).shape != x_t.shape:
         raise ValueError(f"x_t must have the shape of x0, {x0.shape}, not {x_t.shape}")
     s, t = _earlier(s, t, law)
@@ -80,7 +81,7 @@ def reverse_from_x0(logits: Array, x_t: Array, t: Any, law: Transitions, s: Any 
     on the states that x_1 can come from (with a mask: what is not masked stays); from t > 1 the formula holds at s = 0 too, as it
     must for the p̃ that fits it at t−1. Float dtype of the logits. Source: Austin et al. 2021, section 3.3; Hoogeboom et al. 2021.
     """
-    _check_law(law)
+    check_law(law)
     if logits.shape[:-1] != x_t.shape:
         raise ValueError(f"logits must have shape {(*x_t.shape, 'D')} to go with x_t, not {logits.shape}")
     s, t = _earlier(s, t, law)
@@ -93,7 +94,7 @@ def reverse_from_x0(logits: Array, x_t: Array, t: Any, law: Transitions, s: Any 
 
 def prior(shape: tuple[int, ...], law: Transitions, seed: int = 0, first_sample: int = 0, xp: Any = np) -> Array:
     """x_T ~ ``law.prior``, int32 of ``shape`` (B, …), an array of ``xp``; sample k depends on (seed, first_sample + k) alone."""
-    _check_law(law)
+    check_law(law)
     log_p = xp.asarray(categorical.log(law.prior), np.float32)
     return kernels.categorical(xp.broadcast_to(log_p, (*shape, law.K)), seed, 0, streams.PRIOR, first_sample)
 
@@ -104,8 +105,3 @@ def _earlier(s: Any, t: Any, law: Transitions) -> tuple[Any, Any]:
     if isinstance(s, (int, np.ndarray)) and isinstance(t, (int, np.ndarray)) and np.any(np.greater_equal(s, t)):
         raise ValueError(f"s must be below t = {t}, not {s}")
     return s, t
-
-
-def _check_law(law: Any) -> None:
-    if not isinstance(law, Transitions):
-        raise TypeError(f"law must be one of core.transitions (Uniform(K, beta) for one), not {type(law).__name__}")

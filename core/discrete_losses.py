@@ -14,7 +14,7 @@ from ..kernels.arrays import array_module, is_native, to_numpy
 from .categorical import kl, log_prob, log_softmax, normalised, states
 from .discrete_rows import fused, rows_of, without_mask
 from .exchange import Array, check_times, exchanged, flat
-from .transition import FLOATS
+from .transition import FLOATS, check_law
 from .transitions import Absorbing, Transitions, Uniform
 
 TINY = 1e-300  # stands for a probability of 0 in a divisor or a logarithm, where its weight is 0 too
@@ -84,8 +84,7 @@ def step_kl(logits: Array, x0: Array, x_t: Array, t: Any, law: Transitions, s: A
 
 def check_elements(logits: Any, x0: Any, x_t: Any, law: Any) -> tuple[int, int]:
     """(B, elements a sample); TypeError or ValueError unless logits, x0 and x_t go together under ``law``."""
-    if not isinstance(law, Transitions):
-        raise TypeError(f"law must be a Transitions (Uniform(K, beta) for one), not {type(law).__name__}")
+    check_law(law)
     if not is_native(logits) or logits.dtype.newbyteorder("=") not in FLOATS:
         raise TypeError(f"logits must be float32 or float64, not {getattr(logits, 'dtype', type(logits).__name__)}")
     if logits.ndim < 2 or not 1 <= logits.shape[-1] <= law.K:

@@ -12,6 +12,7 @@ from .categorical import states
 from .discrete import q_sample, reverse_from_x0
 from .discrete_rows import fused, grid_of, rows_of
 from .exchange import Array, flat
+from .transition import check_law
 from .transitions import Absorbing, Transitions
 
 Model = Callable[[Array, Array], Array]
@@ -89,8 +90,7 @@ def sample(
 
 def states_of(value: Any, name: str, law: Transitions) -> Array:
     """``value`` as a native int32 array; TypeError or ValueError unless it is an array (B, …) of the law's states."""
-    if not isinstance(law, Transitions):
-        raise TypeError(f"law must be a Transitions (Uniform(K, beta) for one), not {type(law).__name__}")
+    check_law(law)
     return states(native(value), law.K, name, 1).astype(np.int32)
 
 

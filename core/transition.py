@@ -223,6 +223,12 @@ class Transitions(ABC):
         return s, t
 
 
+def check_law(law: Any) -> None:
+    """TypeError unless ``law`` is one of the laws of discrete diffusion."""
+    if not isinstance(law, Transitions):
+        raise TypeError(f"law must be one of core.transitions (Uniform(K, beta) for one), not {type(law).__name__}")
+
+
 class Dense(Transitions):
     """Any matrices: ``matrices`` (T+1, K, K) with stochastic rows, index 0 not read. Eq: S4-E30, S4-E31.
 

@@ -154,8 +154,7 @@ class Classifier(NoisyClassifier):
         one number, the paper's times 1..T. ``step`` is the training step (from 0) and turns dropout on, as in the U-Net. Raises
         ValueError or TypeError for arguments that do not fit.
         """
-        x = x if isinstance(x, Tensor) else Tensor(x)
-        check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
+        x = check_input(x, (*self.config["image_size"], self.config["in_channels"]), self.params)
         drop = dropout_of(self, step, first_sample)
         emb = self.projection(f.silu(self.time(check_times(t, x.shape[0], self.params.xp))))
         h = self.conv_in(x)

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 
 from ..kernels.arrays import array_module, is_cupy, is_native
+from .autograd import Tensor
 from .layers import ParameterStore
 
 Array = Any
 
 
-def check_input(x: Array, shape: tuple[int, ...], params: ParameterStore) -> None:
-    """TypeError or ValueError unless x is an array (B, *shape) of the library and dtype of the parameters."""
-    like = params.data
+def check_input(x: Array | Tensor, shape: tuple[int, ...], params: ParameterStore) -> Tensor:
+    """x as a Tensor; TypeError or ValueError unless it is (B, *shape) of the library and dtype of the parameters."""
+    tensor = x if isinstance(x, Tensor) else Tensor(x)
+    x, like = tensor.data, params.data
     if not is_native(x):
         raise TypeError(f"x must be an array, not {type(x).__name__}")
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape:
@@ -22,6 +24,7 @@ def check_input(x: Array, shape: tuple[int, ...], params: ParameterStore) -> Non
         raise TypeError(f"x is of {array_module(x).__name__}, the network of {array_module(like).__name__}")
     if x.dtype != like.dtype:
         raise TypeError(f"x is {x.dtype}, the network {like.dtype}: the dtypes must be equal")
+    return tensor
 
 
 def check_times(t: Any, batch: int, xp: Any) -> Array:

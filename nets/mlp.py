@@ -95,8 +95,7 @@ class MLP:
         x (B, features_in) of the network's dtype, or a Tensor of it (with ``needs_grad``, with a ``tangent``); t (B,) or one
         number, integers or floats, where the network has ``times``. Raises ValueError or TypeError for arguments that do not fit.
         """
-        x = x if isinstance(x, Tensor) else Tensor(x)
-        check_input(x.data, (self.config["features_in"],), self.params)
+        x = check_input(x, (self.config["features_in"],), self.params)
         if self.config["times"]:
             x = f.concat(x, Tensor(self._time_features(t, x.shape[0])))
         elif t is not None:

@@ -65,6 +65,5 @@ class SequenceClassifier(NoisyClassifier):
         one number, the paper's times 1..T. ``step`` is the training step (from 0) and turns dropout on, as in the Transformer.
         Raises ValueError or TypeError for arguments that do not fit.
         """
-        x = x if isinstance(x, Tensor) else Tensor(x)
-        check_input(x.data, (self.config["length"], self.config["features_in"]), self.params)
+        x = check_input(x, (self.config["length"], self.config["features_in"]), self.params)
         return self.head(mean_places(self.trunk(self.enter(x), t, None, step, first_sample)))

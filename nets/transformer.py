@@ -182,7 +182,5 @@ class Transformer(Conditional):
             h = self.embed(check_integers("x", x, ("B", c["length"]), c["states"], self.params.xp))
         else:
             assert self.enter is not None
-            x = x if isinstance(x, Tensor) else Tensor(x)
-            check_input(x.data, (c["length"], c["features_in"]), self.params)
-            h = self.enter(x)
+            h = self.enter(check_input(x, (c["length"], c["features_in"]), self.params))
         return self.head(self.trunk(h, t, self.labels(y, h.shape[0]), step, first_sample))

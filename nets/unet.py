@@ -176,8 +176,7 @@ class UNet(Conditional):
         (from 0) and turns dropout on: its masks depend on the network's seed, the step and the place in the batch, counted from
         ``first_sample``. Returns (B, H, W, out_channels). Raises ValueError or TypeError for arguments that do not fit.
         """
-        x = x if isinstance(x, Tensor) else Tensor(x)
-        check_input(x.data, (*self.config["image_size"], self.config["in_channels"]), self.params)
+        x = check_input(x, (*self.config["image_size"], self.config["in_channels"]), self.params)
         batch = x.shape[0]
         drop = dropout_of(self, step, first_sample)
         emb = self.time(check_times(t, batch, self.params.xp))

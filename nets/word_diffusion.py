@@ -103,6 +103,5 @@ class WordDiffusion(Conditional):
         return self.head(self.trunk(h, t, self.labels(y, h.shape[0]), step, first_sample))
 
     def _vectors(self, x: Array | Tensor) -> Tensor:
-        x = x if isinstance(x, Tensor) else Tensor(x)
-        check_input(x.data, (self.config["length"], self.config["features"]), self.params)
+        x = check_input(x, (self.config["length"], self.config["features"]), self.params)
         return x
