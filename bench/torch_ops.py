@@ -162,12 +162,38 @@ def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., An
     return decorate
 
 
+IMAGES = ("conv2d", "group_norm_silu")  # what the names of kernels on images start with
+
+
+def contiguous(name: str, args: tuple) -> tuple | None:
+    """``args`` with PyTorch's other memory format inside: images NCHW, weights OIHW. None for a kernel that has no images."""
+    if not name.startswith(IMAGES):
+        return None
+    made = tuple(_last(_first(a).contiguous()) if isinstance(a, Tensor) and a.ndim == 4 else a for a in args)
+    return _weights_as(torch.contiguous_format, name, made)
+
+
+def channels_last(name: str, args: tuple) -> tuple:
+    """``args`` with images as they are, NHWC, and weights as PyTorch keeps them beside such images, OHWI."""
+    return _weights_as(torch.channels_last, name, args)
+
+
+def _weights_as(form: torch.memory_format, name: str, args: tuple) -> tuple:
+    if name not in ("conv2d", "conv2d_backward_input"):
+        return args
+    return (args[0], _weight_as(form, args[1]), *args[2:])
+
+
+def _weight_as(form: torch.memory_format, w: Tensor) -> Tensor:
+    return w.permute(3, 2, 0, 1).contiguous(memory_format=form).permute(2, 3, 1, 0)
+
+
 def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False) -> Callable[[], Any]:
     """A call to be timed: only what a user of PyTorch would run, as it stands or through torch.compile.
 
     Of a gradient that is the backward pass, over a graph that is built here once; norm and attention keep their statistics to
     themselves; the coefficients of a sampler step are folded; the norm of a gradient is summed in float32. PyTorch allocates its
-    results: ``out`` is left aside.
+    results (``out`` is left aside): what it does without is in ``torch_in_place``.
     """
     op = OPS[name]
     kwargs = {k: v for k, v in kwargs.items() if k != "out"}
@@ -304,8 +330,13 @@ def conv2d(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
-    return _convolved(x, w, bias, stride, upsample, pad)
+    y = _convolved(x, w, bias, stride, upsample, pad)
+    y = y if shift is None else y + shift[:, None, None]
+    return y if residual is None else y + residual
 
 
 @_gradient(1)
@@ -317,8 +348,11 @@ def conv2d_backward_input(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Tensor | None = None,
+    precision: str | None = None,
 ) -> Graph:
-    return _graph(lambda x: _convolved(x, w, None, stride, upsample, pad), (dy.new_zeros(input_shape),), dy)
+    x = dy.new_zeros(input_shape)
+    x = x if dy.is_contiguous() else _last(_first(x).contiguous())
+    return _graph(lambda x: _convolved(x, w, None, stride, upsample, pad), (x,), dy)
 
 
 @_gradient(2)
@@ -330,8 +364,11 @@ def conv2d_backward_weight(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Tensor | None = None,
+    precision: str | None = None,
 ) -> Graph:
-    leaves = x.new_zeros(kernel, kernel, x.shape[-1], dy.shape[-1]), x.new_zeros(dy.shape[-1])
+    form = torch.channels_last if x.is_contiguous() else torch.contiguous_format
+    w, bias = x.new_zeros(kernel, kernel, x.shape[-1], dy.shape[-1]), x.new_zeros(dy.shape[-1])
+    leaves = _weight_as(form, w), bias
     return _graph(lambda w, bias: _convolved(x, w, bias, stride, upsample, pad), leaves, dy)
 
 

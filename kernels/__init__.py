@@ -7,6 +7,7 @@ in kind.
 from . import streams
 from .buffers import Pool
 from .dispatch import backend_for, kernel, use
+from .precisions import precision
 from .registry import TABLE, Kernel
 
 normals = kernel("normals")
@@ -54,6 +55,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "normals",
+    "precision",
     "q_sample",
     "rotary",
     "silu",

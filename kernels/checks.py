@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import array_module, is_native
+from .precisions import check as check_precision
 from .reference import ROW, conv_output_size
 
 Array = Any
@@ -244,18 +245,33 @@ def _conv(shape: tuple[int, ...], kernel: int, stride: int, upsample: bool, pad:
     return rows, cols
 
 
-def conv2d(x: Array, w: Array, bias: Any, stride: int, upsample: bool, pad: Any, out: Any) -> None:
+def conv2d(
+    x: Array,
+    w: Array,
+    bias: Any,
+    stride: int,
+    upsample: bool,
+    pad: Any,
+    out: Any,
+    shift: Any,
+    residual: Any,
+    precision: Any,
+) -> None:
+    check_precision(precision)
     _array("x", x, 4)
     _array("w", w, 4)
     _same("w", w, "x", x, (w.shape[0], w.shape[0], x.shape[3], w.shape[3]))
     rows, cols = _conv(x.shape, w.shape[0], stride, upsample, pad)
     _optional("bias", bias, "w", w, (w.shape[3],))
-    _optional("out", out, "x", x, (x.shape[0], rows, cols, w.shape[3]))
+    _optional("shift", shift, "x", x, (x.shape[0], w.shape[3]))
+    for name, a in (("residual", residual), ("out", out)):
+        _optional(name, a, "x", x, (x.shape[0], rows, cols, w.shape[3]))
 
 
 def conv2d_backward_input(
-    dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any
+    dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any, precision: Any
 ) -> None:
+    check_precision(precision)
     _array("dy", dy, 4)
     _array("w", w, 4)
     if not isinstance(input_shape, tuple) or len(input_shape) != 4 or input_shape[3] != w.shape[2]:
@@ -266,7 +282,10 @@ def conv2d_backward_input(
     _optional("out", out, "dy", dy, tuple(input_shape))
 
 
-def conv2d_backward_weight(x: Array, dy: Array, kernel: int, stride: int, upsample: bool, pad: Any, out: Any) -> None:
+def conv2d_backward_weight(
+    x: Array, dy: Array, kernel: int, stride: int, upsample: bool, pad: Any, out: Any, precision: Any
+) -> None:
+    check_precision(precision)
     _array("x", x, 4)
     _array("dy", dy, 4)
     rows, cols = _conv(x.shape, kernel, stride, upsample, pad)

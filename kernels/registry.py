@@ -32,6 +32,7 @@ class Kernel:
     flops: Callable[[Case], int]  # multiplications and additions
     dtypes: tuple[str, ...] = ("float32",)  # what cpu and gpu take; anything else goes to the reference
     bits: bool = False  # the float32 result is defined bit by bit
+    slack: float = 0.0  # error allowed beside the plain sum's, of the largest value, where precision is not "high"
 
 
 def _n(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -139,24 +140,43 @@ CONVS = (
     {"shape": (1, 1, 1, 2), "kernel": 3, "cout": 2},
     {"shape": (0, 4, 4, 2), "kernel": 3, "cout": 3},
     {"shape": (2, 8, 8, 8), "kernel": 3, "cout": 8, "bias": False},
+    {"shape": (2, 13, 10, 32), "kernel": 3, "cout": 48, "shift": True, "residual": True},
+    {"shape": (2, 13, 10, 32), "kernel": 3, "cout": 48, "precision": "high", "bias": False},
+    {"shape": (50, 4, 4, 48), "kernel": 3, "cout": 16, "residual": True},
+    {"shape": (2, 4, 5, 6), "kernel": 3, "cout": 5, "stride": 2, "shift": True, "residual": True},
+    {"shape": (2, 3, 4, 6), "kernel": 3, "cout": 5, "upsample": True, "shift": True},
 )
-BIG_CONVS = (
-    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64},
-    {"shape": (32, 16, 16, 128), "kernel": 3, "cout": 128},
-    {"shape": (32, 8, 8, 256), "kernel": 3, "cout": 256},
+WINOGRAD = 1e-5
+BIG_CONVS: tuple[Case, ...] = (
+    *(
+        {"shape": (batch if side == 32 else 32, side, side, width), "kernel": 3, "cout": width}
+        for side in (32, 16, 8, 4)
+        for width, batch in ((64, 32), (128, 16), (256, 8))
+    ),
+    {"shape": (1, 32, 32, 64), "kernel": 3, "cout": 64},
+    {"shape": (1, 8, 8, 128), "kernel": 3, "cout": 128},
+    {"shape": (32, 16, 16, 256), "kernel": 3, "cout": 128},
+    {"shape": (32, 32, 32, 3), "kernel": 3, "cout": 64},
+    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 3},
     {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64, "stride": 2},
+    {"shape": (32, 16, 16, 128), "kernel": 3, "cout": 128, "stride": 2},
+    {"shape": (32, 8, 8, 128), "kernel": 3, "cout": 128, "stride": 2},
     {"shape": (32, 16, 16, 64), "kernel": 3, "cout": 64, "upsample": True},
+    {"shape": (32, 8, 8, 128), "kernel": 3, "cout": 128, "upsample": True},
+    {"shape": (32, 32, 32, 128), "kernel": 1, "cout": 64},
     {"shape": (32, 16, 16, 128), "kernel": 1, "cout": 128},
+    {"shape": (32, 8, 8, 256), "kernel": 1, "cout": 128},
 )
 
 
 def _conv_options(case: Case) -> dict[str, Any]:
-    return {"stride": case.get("stride", 1), "upsample": case.get("upsample", False), "pad": case.get("pad")}
+    chosen = {"precision": case["precision"]} if "precision" in case else {}
+    return {"stride": case.get("stride", 1), "upsample": case.get("upsample", False), "pad": case.get("pad"), **chosen}
 
 
 def _conv_output(case: Case) -> tuple[int, ...]:
     b, h, w, _ = case["shape"]
-    options = _conv_options(case)
+    options = {k: v for k, v in _conv_options(case).items() if k != "precision"}
     rows, cols = (reference.conv_output_size(n, case["kernel"], **options) for n in (h, w))
     return b, rows, cols, case["cout"]
 
@@ -168,7 +188,9 @@ def _conv_weight(rng: np.random.Generator, case: Case, dtype: Any) -> np.ndarray
 
 def _make_conv(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     bias = _n(rng, (case["cout"],), dtype) if case.get("bias", True) else None
-    return (_n(rng, case["shape"], dtype), _conv_weight(rng, case, dtype)), {"bias": bias, **_conv_options(case)}
+    output = _conv_output(case)
+    extra = {k: _n(rng, s, dtype) for k, s in (("shift", (output[0], output[3])), ("residual", output)) if case.get(k)}
+    return (_n(rng, case["shape"], dtype), _conv_weight(rng, case, dtype)), {"bias": bias, **_conv_options(case), **extra}
 
 
 def _make_conv_input(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
@@ -196,7 +218,13 @@ ATTENTIONS = (
     {"shape": (0, 5, 2, 4)},
     {"shape": (2, 70, 2, 5), "scale": 0.3},
 )
-BIG_ATTENTIONS = ({"shape": (32, 256, 4, 32)}, {"shape": (32, 64, 1, 128)}, {"shape": (4, 1024, 4, 64)})
+BIG_ATTENTIONS = (
+    {"shape": (32, 256, 4, 32)},
+    {"shape": (32, 256, 16, 8)},
+    {"shape": (32, 256, 1, 128)},
+    {"shape": (32, 64, 1, 128)},
+    {"shape": (4, 1024, 4, 64)},
+)
 
 
 def _make_attention(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
@@ -364,9 +392,9 @@ _KERNELS = (
     ),
     Kernel("group_norm_silu", (), _make_norm, NORMS, BIG_NORMS, _per_element(8), _per_element(12)),
     Kernel("group_norm_silu_backward", (), _make_norm_backward, NORMS, BIG_NORMS, _per_element(12), _per_element(25)),
-    Kernel("conv2d", (), _make_conv, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
-    Kernel("conv2d_backward_input", (), _make_conv_input, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
-    Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops),
+    Kernel("conv2d", (), _make_conv, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
+    Kernel("conv2d_backward_input", (), _make_conv_input, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
+    Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
     Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, _per_element(16), _attention_flops(2)),
     Kernel("attention_backward", (), _make_attention_backward, ATTENTIONS, BIG_ATTENTIONS, _per_element(32), _attention_flops(5)),
     Kernel("silu", (), _make_silu, ACTIVATIONS, BIG_ACTIVATIONS, _per_element(8), _per_element(10)),

@@ -13,7 +13,9 @@ import numpy as np
 from numba import prange
 
 from .. import buffers
+from ..precisions import high
 from ..reference import conv_output_size, conv_padding
+from . import winograd
 from .jit import jit, loops
 from .threads import PRODUCTS, alone_below, threads
 from .vector import COLS, NARROW, ROWS, F, column_tile, row_tile
@@ -21,7 +23,7 @@ from .vector import COLS, NARROW, ROWS, F, column_tile, row_tile
 _FAR = -(1 << 30)
 _BLOCKS = 8  # row tiles whose addresses are made together
 _PLACES = _BLOCKS * ROWS
-_DEPTH = 256  # places of one packed panel in the weight gradient
+_DEPTH = 128  # places of one packed panel in the weight gradient
 _SLICE = 4  # column tiles of input channels in one task of the weight gradient,
 _LONG_SLICE = 32  # or up to so many where there is one tap: the gradient is packed for each slice anew
 _CHUNKS = 8  # at most so many partial sums over the places in the weight gradient
@@ -195,19 +197,44 @@ def _gathered(x, w, initial, out, stride, upsample, pad, backward):
     return out
 
 
+@loops
+def _add(out, shift, shifted, residual, added):
+    """out += shift[n] + residual."""
+    for n in prange(out.shape[0]):
+        for p in range(out.shape[1]):
+            to = out[n, p]
+            if shifted:
+                row = shift[n]
+                for k in range(to.size):
+                    to[k] += row[k]
+            if added:
+                more = residual[n, p]
+                for k in range(to.size):
+                    to[k] += more[k]
+
+
 @alone_below(PRODUCTS, lambda x, w, *_, **__: x.size * w.size // max(1, x.shape[3]))
-def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None):
+def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None, shift=None, residual=None, precision=None):
     kernel = w.shape[0]
     if out is None:
         rows, cols = (conv_output_size(n, kernel, stride, upsample, pad) for n in x.shape[1:3])
         out = buffers.empty((x.shape[0], rows, cols, w.shape[3]), x.dtype)
-    return _gathered(x, w, bias, out, stride, upsample, pad, False)
+    if not high(precision) and winograd.suits(x.shape, w.shape[3], kernel, stride, upsample, pad):
+        return winograd.convolve(x, w, bias, out, shift=shift, residual=residual)
+    _gathered(x, w, bias, out, stride, upsample, pad, False)
+    if (shift is not None or residual is not None) and out.size:
+        flat = out.reshape(out.shape[0], -1, out.shape[3])
+        rows, more = flat[0] if shift is None else shift, flat if residual is None else residual.reshape(flat.shape)
+        _add(flat, rows, shift is not None, more, residual is not None)
+    return out
 
 
 @alone_below(PRODUCTS, lambda dy, w, *_, **__: dy.size * w.size // max(1, dy.shape[3]))
-def conv2d_backward_input(dy, w, input_shape, stride=1, upsample=False, pad=None, out=None):
+def conv2d_backward_input(dy, w, input_shape, stride=1, upsample=False, pad=None, out=None, precision=None):
     if out is None:
         out = buffers.empty(tuple(input_shape), dy.dtype)
+    if not high(precision) and winograd.suits(input_shape, w.shape[3], w.shape[0], stride, upsample, pad):
+        return winograd.convolve(dy, w, None, out, backward=True)
     return _gathered(dy, w, None, out, stride, upsample, pad, True)
 
 
@@ -307,12 +334,14 @@ def _widen(x, wide):
 
 
 @alone_below(PRODUCTS, lambda x, dy, kernel, *_, **__: dy.size * x.shape[3] * kernel**2)
-def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, out=None):
-    geometry = _geometry(kernel, stride, upsample, pad, False)
+def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, out=None, precision=None):
     depth, channels, workers = x.shape[3], dy.shape[3], threads()
     if out is None:
         out = buffers.empty((kernel, kernel, depth, channels), x.dtype)
     dbias = buffers.empty((channels,), x.dtype)
+    if not high(precision) and winograd.suits(x.shape, channels, kernel, stride, upsample, pad):
+        return winograd.gradient(x, dy, out, dbias)
+    geometry = _geometry(kernel, stride, upsample, pad, False)
     stored = -(-depth // NARROW) * NARROW
     if stored != depth:
         wide = buffers.empty((*x.shape[:3], stored), x.dtype)
@@ -321,7 +350,7 @@ def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, ou
     chunks = max(1, min(_CHUNKS, dy.size // channels // _CHUNK))
     columns, taps, each, run = -(-channels // COLS), len(geometry[3]), _SLICE, _DEPTH
     if taps == 1:
-        run = _DEPTH // 2
+        run = _DEPTH
         longest = min(_LONG_SLICE, -(-depth // NARROW))
         while each < longest and chunks * -(-depth // (2 * each * NARROW)) >= 4 * workers:  # tasks enough for all workers
             each *= 2

@@ -39,7 +39,12 @@ COLS = 2 * LANES
 
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VEC = ir.VectorType(_FLOAT, LANES)
+_LANES = ir.VectorType(_I32, LANES)
 _ZERO = ir.Constant(_VEC, [0.0] * LANES)
+
+
+def _constant(value: float) -> Any:
+    return ir.Constant(_VEC, [float(F(value))] * LANES)
 
 
 @intrinsic
@@ -84,7 +89,7 @@ def sigmoid(v):
     return F(1) / (F(1) + exp(-v))
 
 
-class _Emit:
+class Emit:
     """Loads, stores and multiply-adds of one vector, over a builder; addresses are int64."""
 
     def __init__(self, builder: Any) -> None:
@@ -95,6 +100,19 @@ class _Emit:
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         return self.b.call(self._fma, [x, y, z])
+
+    def add(self, x: Any, y: Any) -> Any:
+        return self.b.fadd(x, y)
+
+    def sub(self, x: Any, y: Any) -> Any:
+        return self.b.fsub(x, y)
+
+    def times(self, factor: float, x: Any) -> Any:
+        return self.b.fmul(_constant(factor), x)
+
+    def madd(self, factor: float, x: Any, y: Any) -> Any:
+        """factor·x + y"""
+        return self.fma(_constant(factor), x, y)
 
     def load(self, address: Any, kind: Any = _VEC) -> Any:
         value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
@@ -107,7 +125,7 @@ class _Emit:
     def broadcast(self, address: Any) -> Any:
         undefined = ir.Constant(_VEC, ir.Undefined)
         one = self.b.insert_element(undefined, self.load(address, _FLOAT), _I32(0))
-        return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+        return self.b.shuffle_vector(one, undefined, ir.Constant(_LANES, [0] * LANES))
 
     def plus(self, address: Any, offset: int) -> Any:
         return self.b.add(address, _I64(offset))
@@ -143,12 +161,36 @@ class _Emit:
 
 
 @intrinsic
+def turn(typingctx: Any, at: Any, step: Any, to: Any) -> Any:
+    """The transpose of a square of LANES vectors ``step`` bytes apart, written to ``to`` without gaps; both are addresses."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at, step, to = args
+        e = Emit(builder)
+        rows = [e.load(builder.add(at, builder.mul(step, _I64(i)))) for i in range(LANES)]
+        side = 1
+        while side < LANES:  # exchange the squares of this side that lie across the diagonal from each other
+            low = [LANES + j - side if j & side else j for j in range(LANES)]
+            high = [LANES + j if j & side else j + side for j in range(LANES)]
+            for i in range(LANES):
+                if not i & side:
+                    a, b = rows[i], rows[i + side]
+                    rows[i], rows[i + side] = (builder.shuffle_vector(a, b, ir.Constant(_LANES, m)) for m in (low, high))
+            side *= 2
+        for i, row in enumerate(rows):
+            e.store(row, e.plus(to, 4 * LANES * i))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
 def _row_tile(
     typingctx: Any, rows: Any, stride: Any, taps: Any, depth: Any, panel: Any, first: Any, out: Any, offset: Any
 ) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, stride, taps, depth, panel, first, out, offset = args
-        e = _Emit(builder)
+        e = Emit(builder)
         start = e.pair(first)
 
         def tap(t: Any, carry: list) -> list:
@@ -176,7 +218,7 @@ def _row_tile(
 def _column_tile(typingctx: Any, rows: Any, offset: Any, depth: Any, panel: Any, sums: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, offset, depth, panel, sums = args
-        e = _Emit(builder)
+        e = Emit(builder)
 
         def body(k: Any, carry: list) -> list:
             left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)

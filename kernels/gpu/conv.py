@@ -45,6 +45,9 @@ def conv2d(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    shift: Array | None = None,
+    residual: Array | None = None,
+    precision: str | None = None,
 ) -> Array:
     device = current()
     kernel, _, cin, cout = w.shape
@@ -54,6 +57,10 @@ def conv2d(
         grid = (_tiles(x.shape[0] * rows * cols), _tiles(cout))
         name = f"conv_forward_{_conv_suffix(cin, cout, x, w, bias, out)}"
         device.launch("conv", name, grid, (THREADS,), (x, w, bias, out, *sizes))
+    if shift is not None:
+        out += shift[:, None, None]
+    if residual is not None:
+        out += residual
     return out
 
 
@@ -65,6 +72,7 @@ def conv2d_backward_input(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    precision: str | None = None,
 ) -> Array:
     device = current()
     kernel, _, cin, cout = w.shape
@@ -84,6 +92,7 @@ def conv2d_backward_weight(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    precision: str | None = None,
 ) -> tuple[Array, Array]:
     device = current()
     cin, cout = x.shape[3], dy.shape[3]

@@ -34,11 +34,15 @@ def conv2d(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    shift: Array | None = None,
+    residual: Array | None = None,
+    precision: str | None = None,
 ) -> Array:
-    """y[n,i,j,k] = bias[k] + Σ_{u,v,c} x̃[n, i·stride+u, j·stride+v, c]·w[u,v,c,k]; x̃ is x padded.
+    """y[n,i,j,k] = Σ_{u,v,c} x̃[n, i·stride+u, j·stride+v, c]·w[u,v,c,k] + bias[k] + shift[n,k] + residual[n,i,j,k].
 
-    With ``upsample`` x is first doubled by nearest neighbour. x (B, H, W, Cin); w (k, k, Cin, Cout) with k = 1 or 3; stride 1 or
-    2; ``pad`` (before, after), by default ((k−1)//2, k//2).
+    x̃ is x padded. With ``upsample`` x is first doubled by nearest neighbour. x (B, H, W, Cin); w (k, k, Cin, Cout) with k = 1 or
+    3; stride 1 or 2; ``pad`` (before, after), by default ((k−1)//2, k//2). ``precision`` is that of
+    :mod:`alphabar.kernels.precisions`; None: the one in force.
     """
     kernel = w.shape[0]
     xt = _padded(x, kernel, upsample, pad)
@@ -47,8 +51,9 @@ def conv2d(
     for u in range(kernel):
         for v in range(kernel):
             y = y + xt[:, u : u + stride * (rows - 1) + 1 : stride, v : v + stride * (cols - 1) + 1 : stride] @ w[u, v]
-    if bias is not None:
-        y = y + bias
+    for term in (bias, None if shift is None else shift[:, None, None], residual):
+        if term is not None:
+            y = y + term
     return into(out, y)
 
 
@@ -60,6 +65,7 @@ def conv2d_backward_input(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    precision: str | None = None,
 ) -> Array:
     """dx[n,i',j',c] = Σ dy[n,i,j,k]·w[u,v,c,k] over all (i,j,u,v) that read x̃[n,i',j',c]; doubled places add up."""
     xp = array_module(dy)
@@ -85,6 +91,7 @@ def conv2d_backward_weight(
     upsample: bool = False,
     pad: tuple[int, int] | None = None,
     out: Array | None = None,
+    precision: str | None = None,
 ) -> tuple[Array, Array]:
     """(dw, dbias): dw[u,v,c,k] = Σ_{n,i,j} x̃[n, i·stride+u, j·stride+v, c]·dy[n,i,j,k], dbias[k] = Σ_{n,i,j} dy[n,i,j,k]."""
     xp = array_module(x)

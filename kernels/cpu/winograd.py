@@ -1,0 +1,256 @@
+"""The 3×3 convolution of stride 1 by Winograd's F(4×4, 3×3): 36 products in the place of 144 for each tile of 4×4 results.
+
+A block of tiles is taken into the products' space, multiplied point by point of that space (36 matrix products) and taken back
+while it is in the cache. The weight gradient sums over all tiles at each point, and only then goes back. Results do not depend
+on the number of workers. Sums of large and small factors make the error 4 to 15 times that of the direct sum, still below 1e-5
+of the largest value.
+"""
+
+import numpy as np
+from numba import prange
+
+from .. import buffers
+from ..reference import conv_padding
+from .jit import jit, loops
+from .threads import threads
+from .vector import COLS, LANES, NARROW, ROWS, F, column_tile, row_tile, turn
+from .winograd_transforms import (
+    POINTS,
+    TILE,
+    add_result,
+    read_mark,
+    read_source,
+    transform_flipped,
+    transform_gradient,
+    transform_taps,
+    write_result,
+)
+
+_BLOCK = 2 * ROWS if ROWS == 12 else 4 * ROWS  # tiles that are in the products' space together,
+_ALONE = 2 * _BLOCK  # or all of them where they are so few
+_TASKS = 8  # for each worker, where columns are to be had for it
+_APART = LANES  # floats between two points of that space, so that 36 streams do not meet in one set of the cache
+_CHUNK_BYTES = 4 << 20  # of the tiles whose weight gradient is summed together
+_SUMS = NARROW * COLS  # sums of one register tile
+_PARTS = 8  # partial sums of the bias gradient: fixed, so that the order of the sum is
+ZEROS = np.zeros(COLS, np.float32)
+ZEROS.setflags(write=False)  # a constant: what lies outside of an image, and where sums begin
+_PLAIN, _WINOGRAD, _FACTORS = 9, 48, 20  # work of a result by the direct sum, of a tile, and of all weights as so many tiles
+
+
+def suits(shape, cout, kernel, stride, upsample, pad):
+    """Whether x of this shape (B, H, W, C) goes this way to ``cout`` channels: where the count of multiplications says so."""
+    batch, height, width, cin = shape
+    if kernel != 3 or stride != 1 or upsample or conv_padding(kernel, pad) != (1, 1) or cin % LANES or cout % LANES:
+        return False
+    tiles = batch * -(-height // TILE) * -(-width // TILE)
+    tiles = -(-tiles // ROWS) * ROWS
+    return _WINOGRAD * (tiles + _FACTORS) <= _PLAIN * batch * height * width
+
+
+@loops
+def _factors(w, u):
+    """u (POINTS, …): at each point G w Gᵀ of taps w (3, 3, depth, channels), packed as (columns, depth, COLS)."""
+    depth, channels = w.shape[2], w.shape[3]
+    step, to_step = 4 * depth * channels, 4 * u.shape[1]
+    columns = (channels + COLS - 1) // COLS
+    for i in prange(columns * depth):
+        column, c = i // depth, i % depth
+        for k in range(column * COLS, min(channels, (column + 1) * COLS), LANES):
+            at, to = w.ctypes.data + 4 * (c * channels + k), u.ctypes.data + 4 * (i * COLS + k % COLS)
+            transform_taps(at, step, to, to_step)
+
+
+@loops
+def _factors_turned(w, u, blocks, workers):
+    """As :func:`_factors`, of taps w (3, 3, channels, depth) turned by half a turn and with their two channels exchanged."""
+    channels, depth = w.shape[2], w.shape[3]
+    parts, side = depth // LANES, LANES * LANES
+    tasks = channels // LANES * parts
+    for worker in prange(workers):
+        block = blocks[worker].ctypes.data
+        for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
+            k, c = task // parts * LANES, task % parts * LANES
+            for tap in range(9):
+                turn(w.ctypes.data + 4 * ((tap * channels + k) * depth + c), 4 * depth, block + 4 * tap * side)
+            for i in range(LANES):
+                to = u.ctypes.data + 4 * ((k // COLS * depth + c + i) * COLS + k % COLS)
+                transform_flipped(block + 4 * i * LANES, 4 * side, to, 4 * u.shape[1])
+
+
+@jit(inline="always")
+def _tile(t, high, wide):
+    """Image, row and column of tile ``t``."""
+    rest = t % (high * wide)
+    return t // (high * wide), rest // wide * TILE, rest % wide * TILE
+
+
+@loops
+def _convolve(
+    x, u, bias, biased, shift, shifted, residual, added, out, size, groups, sources, products, tables, zeros, edges, workers
+):
+    batch, height, width, depth = x.shape
+    channels = out.shape[3]
+    columns = (channels + COLS - 1) // COLS
+    each = (columns + groups - 1) // groups
+    high, wide = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    tiles = batch * high * wide
+    tasks = (tiles + size - 1) // size * groups
+    apart, to_apart = size * depth + _APART, size * each * COLS + _APART
+    for worker in prange(workers):
+        source, made, table, first = sources[worker].ctypes.data, products[worker].ctypes.data, tables[worker], edges[worker]
+        outside = first[channels:].ctypes.data
+        for point in range(POINTS):
+            for t in range(size):
+                table[0, point, t] = source + 4 * (point * apart + t * depth)
+                table[1, point, t] = made + 4 * (point * to_apart + t * each * COLS)
+        at_block = -1
+        for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
+            block, begin = task // groups, task // groups * size
+            from_column = task % groups * each
+            to_column = min(columns, from_column + each)
+            count = min(size, tiles - begin)
+            if block != at_block:
+                at_block = block
+                for t in range(count):
+                    n, row, col = _tile(begin + t, high, wide)
+                    image, line = x.ctypes.data + 4 * n * height * width * depth, 4 * width * depth
+                    for c in range(0, depth, LANES):
+                        at, to = image + 4 * c, source + 4 * (t * depth + c)
+                        read_source(at, row - 1, col - 1, height, width, line, 4 * depth, zeros.ctypes.data, to, 4 * apart)
+            for point in range(POINTS):
+                for column in range(from_column, to_column):
+                    panel = u[point, column * depth * COLS :].ctypes.data
+                    for t in range(0, count, ROWS):
+                        rows, to = table[0, point, t:].ctypes.data, table[1, point, t:].ctypes.data
+                        row_tile(rows, 0, 1, depth, panel, zeros.ctypes.data, to, 4 * (column - from_column) * COLS)
+            of_image = -1
+            begin_channel, end_channel = from_column * COLS, min(channels, to_column * COLS)
+            for t in range(count):
+                n, row, col = _tile(begin + t, high, wide)
+                if n != of_image:
+                    of_image = n
+                    for k in range(begin_channel, end_channel):
+                        first[k] = bias[k] if biased else F(0)
+                        first[k] += shift[n, k] if shifted else F(0)
+                start, line = 4 * n * height * width * channels, 4 * width * channels
+                for k in range(begin_channel, end_channel, LANES):
+                    at, start_k = made + 4 * (t * each * COLS + k - begin_channel), start + 4 * k
+                    to, plus = out.ctypes.data + start_k, first[k:].ctypes.data
+                    if added:
+                        more, none = residual.ctypes.data + start_k, zeros.ctypes.data
+                        add_result(at, 4 * to_apart, to, row, col, height, width, line, 4 * channels, outside, plus, more, none)
+                    else:
+                        write_result(at, 4 * to_apart, to, row, col, height, width, line, 4 * channels, outside, plus)
+
+
+def convolve(x, w, bias, out, backward=False, shift=None, residual=None):
+    """out = w * x + bias + shift[n] + residual, or with ``backward`` the gradient of the input where x is that of the output."""
+    depth, channels, workers = x.shape[3], out.shape[3], threads()
+    columns = -(-channels // COLS)
+    u = buffers.empty((POINTS, columns * depth * COLS + _APART), np.float32)
+    if backward:
+        _factors_turned(w, u, buffers.empty((workers, 9 * LANES * LANES), np.float32), workers)
+    else:
+        _factors(w, u)
+    tiles = x.shape[0] * -(-x.shape[1] // TILE) * -(-x.shape[2] // TILE)
+    size = _BLOCK if tiles > _ALONE else -(-tiles // ROWS) * ROWS
+    groups = max(1, min(columns, -(-_TASKS * workers // -(-tiles // size))))
+    each = -(-columns // groups)
+    groups = -(-columns // each)
+    sources = buffers.empty((workers, POINTS * (size * depth + _APART)), np.float32)
+    products = buffers.empty((workers, POINTS * (size * each * COLS + _APART)), np.float32)
+    tables = buffers.empty((workers, 2, POINTS, size), np.int64)
+    edges = buffers.empty((workers, channels + LANES), np.float32)
+    extra = (
+        *(edges[0] if bias is None else bias, bias is not None),
+        *(edges if shift is None else shift, shift is not None),
+        *(out if residual is None else residual, residual is not None),
+    )
+    _convolve(x, u, *extra, out, size, groups, sources, products, tables, ZEROS, edges, workers)
+    return out
+
+
+@loops
+def _into_space(x, dy, begin, count, sources, marks, apart, to_apart, chunk, zeros, workers):
+    """Bᵀ d B and A dy Aᵀ of ``count`` tiles from ``begin`` on: (chunk, depth) and (columns, chunk, COLS) at each point."""
+    _, height, width, depth = x.shape
+    channels, nothing = dy.shape[3], zeros.ctypes.data
+    high, wide = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    for worker in prange(workers):
+        for t in range(count * worker // workers, count * (worker + 1) // workers):
+            n, row, col = _tile(begin + t, high, wide)
+            image, line = x.ctypes.data + 4 * n * height * width * depth, 4 * width * depth
+            for c in range(0, depth, LANES):
+                at, to = image + 4 * c, sources.ctypes.data + 4 * (t * depth + c)
+                read_source(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
+            image, line = dy.ctypes.data + 4 * n * height * width * channels, 4 * width * channels
+            for k in range(0, channels, LANES):
+                at, to = image + 4 * k, marks.ctypes.data + 4 * ((k // COLS * chunk + t) * COLS + k % COLS)
+                read_mark(at, row, col, height, width, line, 4 * channels, nothing, to, 4 * to_apart)
+
+
+@loops
+def _sum_tiles(sums, first, columns, depth, count, sources, marks, apart, to_apart, chunk, tables, workers):
+    """sums (POINTS, …) += Σ over ``count`` tiles, at each point of the space as (columns, depth/NARROW, NARROW, COLS)."""
+    tasks, parts = POINTS * columns, depth // NARROW
+    for worker in prange(workers):
+        rows = tables[worker]
+        for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
+            point, column = task // columns, task % columns
+            for t in range(count):
+                rows[t] = sources.ctypes.data + 4 * (point * apart + t * depth)
+            panel = marks.ctypes.data + 4 * (point * to_apart + column * chunk * COLS)
+            made = sums[point, column * parts * _SUMS : (column + 1) * parts * _SUMS]
+            if first:
+                made[:] = F(0)
+            for part in range(parts):
+                column_tile(rows.ctypes.data, 4 * NARROW * part, count, panel, made[part * _SUMS :].ctypes.data)
+
+
+@loops
+def _from_space(sums, dw):
+    depth, channels = dw.shape[2], dw.shape[3]
+    columns = (channels + COLS - 1) // COLS
+    for i in prange(columns * depth):
+        column, c = i // depth, i % depth
+        for k in range(column * COLS, min(channels, (column + 1) * COLS), LANES):
+            at = sums.ctypes.data + 4 * (i * COLS + k % COLS)
+            transform_gradient(at, 4 * sums.shape[1], dw.ctypes.data + 4 * (c * channels + k), 4 * depth * channels)
+
+
+@loops
+def _sum_places(dy, partial, dbias):
+    """dbias = Σ over all places, by way of sums over each of some runs of places."""
+    parts, places = partial.shape[0], dy.shape[0]
+    for part in prange(parts):
+        to = partial[part]
+        to[:] = F(0)
+        for i in range(places * part // parts, places * (part + 1) // parts):
+            row = dy[i]
+            for k in range(row.size):
+                to[k] += row[k]
+    dbias[:] = F(0)
+    for part in range(parts):
+        row = partial[part]
+        for k in range(row.size):
+            dbias[k] += row[k]
+
+
+def gradient(x, dy, dw, dbias):
+    """dw (3, 3, C, K) and dbias (K,): the gradients of taps and bias where dy is that of the output."""
+    depth, channels, workers = x.shape[3], dy.shape[3], threads()
+    tiles = x.shape[0] * -(-x.shape[1] // TILE) * -(-x.shape[2] // TILE)
+    columns = -(-channels // COLS)
+    chunk = min(tiles, max(ROWS, _CHUNK_BYTES // (4 * POINTS * (depth + columns * COLS))))
+    apart, to_apart = chunk * depth + _APART, chunk * columns * COLS + _APART
+    sources, marks = (buffers.empty((POINTS * step,), np.float32) for step in (apart, to_apart))
+    tables = buffers.empty((workers, chunk), np.int64)
+    sums = buffers.empty((POINTS, columns * depth * COLS + _APART), np.float32)
+    for begin in range(0, tiles, chunk):
+        count = min(chunk, tiles - begin)
+        _into_space(x, dy, begin, count, sources, marks, apart, to_apart, chunk, ZEROS, workers)
+        _sum_tiles(sums, begin == 0, columns, depth, count, sources, marks, apart, to_apart, chunk, tables, workers)
+    _from_space(sums, dw)
+    _sum_places(dy.reshape(-1, channels), buffers.empty((_PARTS, channels), np.float32), dbias)
+    return dw, dbias
