@@ -32,7 +32,7 @@ class Kernel:
     flops: Callable[[Case], int]  # multiplications and additions
     dtypes: tuple[str, ...] = ("float32",)  # what cpu and gpu take; anything else goes to the reference
     bits: bool = False  # the float32 result is defined bit by bit
-    slack: float = 0.0  # error allowed beside the plain sum's, of the largest value, where precision is not "high"
+    slack: float = 0.0  # error allowed in place of the plain sum's, of the largest value, where precision is not "high"
 
 
 def _n(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -140,13 +140,15 @@ CONVS = (
     {"shape": (1, 1, 1, 2), "kernel": 3, "cout": 2},
     {"shape": (0, 4, 4, 2), "kernel": 3, "cout": 3},
     {"shape": (2, 8, 8, 8), "kernel": 3, "cout": 8, "bias": False},
-    {"shape": (2, 13, 10, 32), "kernel": 3, "cout": 48, "shift": True, "residual": True},
-    {"shape": (2, 13, 10, 32), "kernel": 3, "cout": 48, "precision": "high", "bias": False},
-    {"shape": (50, 4, 4, 48), "kernel": 3, "cout": 16, "residual": True},
+    {"shape": (4, 13, 10, 32), "kernel": 3, "cout": 64, "shift": True, "residual": True},
+    {"shape": (4, 13, 10, 32), "kernel": 3, "cout": 64, "precision": "high", "bias": False},
+    {"shape": (65, 4, 4, 48), "kernel": 3, "cout": 32, "residual": True},
+    {"shape": (5, 9, 7, 32), "kernel": 3, "cout": 48, "upsample": True, "shift": True},
+    {"shape": (2, 3, 4, 16), "kernel": 3, "cout": 16, "upsample": True, "residual": True},
     {"shape": (2, 4, 5, 6), "kernel": 3, "cout": 5, "stride": 2, "shift": True, "residual": True},
     {"shape": (2, 3, 4, 6), "kernel": 3, "cout": 5, "upsample": True, "shift": True},
 )
-WINOGRAD = 1e-5
+WINOGRAD = 2e-5  # of the largest value; 1e-5 in relative L2 norm
 BIG_CONVS: tuple[Case, ...] = (
     *(
         {"shape": (batch if side == 32 else 32, side, side, width), "kernel": 3, "cout": width}

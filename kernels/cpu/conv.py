@@ -219,8 +219,9 @@ def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None, shift=
     if out is None:
         rows, cols = (conv_output_size(n, kernel, stride, upsample, pad) for n in x.shape[1:3])
         out = buffers.empty((x.shape[0], rows, cols, w.shape[3]), x.dtype)
-    if not high(precision) and winograd.suits(x.shape, w.shape[3], kernel, stride, upsample, pad):
-        return winograd.convolve(x, w, bias, out, shift=shift, residual=residual)
+    fast = not high(precision) and not (upsample and residual is not None)
+    if fast and winograd.suits(x.shape, w.shape[3], kernel, stride, upsample, pad):
+        return winograd.convolve(x, w, bias, out, upsample, shift=shift, residual=residual)
     _gathered(x, w, bias, out, stride, upsample, pad, False)
     if (shift is not None or residual is not None) and out.size:
         flat = out.reshape(out.shape[0], -1, out.shape[3])
@@ -234,7 +235,7 @@ def conv2d_backward_input(dy, w, input_shape, stride=1, upsample=False, pad=None
     if out is None:
         out = buffers.empty(tuple(input_shape), dy.dtype)
     if not high(precision) and winograd.suits(input_shape, w.shape[3], w.shape[0], stride, upsample, pad):
-        return winograd.convolve(dy, w, None, out, backward=True)
+        return winograd.convolve(dy, w, None, out, upsample, backward=True)
     return _gathered(dy, w, None, out, stride, upsample, pad, True)
 
 
@@ -340,7 +341,7 @@ def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, ou
         out = buffers.empty((kernel, kernel, depth, channels), x.dtype)
     dbias = buffers.empty((channels,), x.dtype)
     if not high(precision) and winograd.suits(x.shape, channels, kernel, stride, upsample, pad):
-        return winograd.gradient(x, dy, out, dbias)
+        return winograd.gradient(x, dy, out, dbias, upsample)
     geometry = _geometry(kernel, stride, upsample, pad, False)
     stored = -(-depth // NARROW) * NARROW
     if stored != depth:

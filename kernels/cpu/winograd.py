@@ -1,9 +1,9 @@
-"""The 3×3 convolution of stride 1 by Winograd's F(4×4, 3×3): 36 products in the place of 144 for each tile of 4×4 results.
+"""The 3×3 convolution of stride 1 by Winograd's F(4×4, 3×3): 36 products in the place of 144 for each tile of 4×4 results,
+25 where the image is doubled first.
 
 A block of tiles is taken into the products' space, multiplied point by point of that space (36 matrix products) and taken back
 while it is in the cache. The weight gradient sums over all tiles at each point, and only then goes back. Results do not depend
-on the number of workers. Sums of large and small factors make the error 4 to 15 times that of the direct sum, still below 1e-5
-of the largest value.
+on the number of workers. Sums of large and small factors make the error 4 to 15 times that of the direct sum.
 """
 
 import numpy as np
@@ -15,15 +15,24 @@ from .jit import jit, loops
 from .threads import threads
 from .vector import COLS, LANES, NARROW, ROWS, F, column_tile, row_tile, turn
 from .winograd_transforms import (
+    FEWER,
     POINTS,
     TILE,
     add_result,
+    read_doubled,
     read_mark,
+    read_mark_fewer,
     read_source,
+    read_source_fewer,
     transform_flipped,
+    transform_flipped_fewer,
     transform_gradient,
+    transform_gradient_fewer,
     transform_taps,
+    transform_taps_fewer,
+    write_halved,
     write_result,
+    write_result_fewer,
 )
 
 _BLOCK = 2 * ROWS if ROWS == 12 else 4 * ROWS  # tiles that are in the products' space together,
@@ -35,22 +44,31 @@ _SUMS = NARROW * COLS  # sums of one register tile
 _PARTS = 8  # partial sums of the bias gradient: fixed, so that the order of the sum is
 ZEROS = np.zeros(COLS, np.float32)
 ZEROS.setflags(write=False)  # a constant: what lies outside of an image, and where sums begin
-_PLAIN, _WINOGRAD, _FACTORS = 9, 48, 20  # work of a result by the direct sum, of a tile, and of all weights as so many tiles
+_PLAIN, _PLAIN_DOUBLED = 9, 4  # work of a result by the direct sum; of the image that is doubled first,
+_WINOGRAD, _WINOGRAD_DOUBLED = 48, 33  # of a tile,
+_FACTORS = 20  # and of all weights, as so many tiles
+_LEAST = 1 << 23  # multiplications of the direct sum; below, some 30 microseconds, there is nothing to gain for the larger error
 
 
 def suits(shape, cout, kernel, stride, upsample, pad):
     """Whether x of this shape (B, H, W, C) goes this way to ``cout`` channels: where the count of multiplications says so."""
-    batch, height, width, cin = shape
-    if kernel != 3 or stride != 1 or upsample or conv_padding(kernel, pad) != (1, 1) or cin % LANES or cout % LANES:
+    if kernel != 3 or stride != 1 or conv_padding(kernel, pad) != (1, 1) or shape[3] % LANES or cout % LANES:
         return False
-    tiles = batch * -(-height // TILE) * -(-width // TILE)
-    tiles = -(-tiles // ROWS) * ROWS
-    return _WINOGRAD * (tiles + _FACTORS) <= _PLAIN * batch * height * width
+    factor = 2 if upsample else 1
+    batch, height, width = shape[0], factor * shape[1], factor * shape[2]
+    tiles = -(-_tiles(batch, height, width) // ROWS) * ROWS
+    plain, winograd = (_PLAIN_DOUBLED, _WINOGRAD_DOUBLED) if upsample else (_PLAIN, _WINOGRAD)
+    places = batch * height * width
+    return plain * places * shape[3] * cout >= _LEAST and winograd * (tiles + _FACTORS) <= plain * places
+
+
+def _tiles(batch, height, width):
+    return batch * -(-height // TILE) * -(-width // TILE)
 
 
 @loops
-def _factors(w, u):
-    """u (POINTS, …): at each point G w Gᵀ of taps w (3, 3, depth, channels), packed as (columns, depth, COLS)."""
+def _factors(w, u, doubled):
+    """u (points, …): at each point G w Gᵀ of taps w (3, 3, depth, channels), packed as (columns, depth, COLS)."""
     depth, channels = w.shape[2], w.shape[3]
     step, to_step = 4 * depth * channels, 4 * u.shape[1]
     columns = (channels + COLS - 1) // COLS
@@ -58,11 +76,14 @@ def _factors(w, u):
         column, c = i // depth, i % depth
         for k in range(column * COLS, min(channels, (column + 1) * COLS), LANES):
             at, to = w.ctypes.data + 4 * (c * channels + k), u.ctypes.data + 4 * (i * COLS + k % COLS)
-            transform_taps(at, step, to, to_step)
+            if doubled:
+                transform_taps_fewer(at, step, to, to_step)
+            else:
+                transform_taps(at, step, to, to_step)
 
 
 @loops
-def _factors_turned(w, u, blocks, workers):
+def _factors_turned(w, u, doubled, blocks, workers):
     """As :func:`_factors`, of taps w (3, 3, channels, depth) turned by half a turn and with their two channels exchanged."""
     channels, depth = w.shape[2], w.shape[3]
     parts, side = depth // LANES, LANES * LANES
@@ -75,7 +96,10 @@ def _factors_turned(w, u, blocks, workers):
                 turn(w.ctypes.data + 4 * ((tap * channels + k) * depth + c), 4 * depth, block + 4 * tap * side)
             for i in range(LANES):
                 to = u.ctypes.data + 4 * ((k // COLS * depth + c + i) * COLS + k % COLS)
-                transform_flipped(block + 4 * i * LANES, 4 * side, to, 4 * u.shape[1])
+                if doubled:
+                    transform_flipped_fewer(block + 4 * i * LANES, 4 * side, to, 4 * u.shape[1])
+                else:
+                    transform_flipped(block + 4 * i * LANES, 4 * side, to, 4 * u.shape[1])
 
 
 @jit(inline="always")
@@ -87,20 +111,40 @@ def _tile(t, high, wide):
 
 @loops
 def _convolve(
-    x, u, bias, biased, shift, shifted, residual, added, out, size, groups, sources, products, tables, zeros, edges, workers
+    x,
+    u,
+    bias,
+    biased,
+    shift,
+    shifted,
+    residual,
+    added,
+    out,
+    doubled,
+    size,
+    groups,
+    sources,
+    products,
+    tables,
+    zeros,
+    edges,
+    workers,
 ):
+    """``doubled``: x becomes twice as large first (out is), or out is the sum over the doubled places (x is larger)."""
     batch, height, width, depth = x.shape
-    channels = out.shape[3]
+    rows_out, cols_out, channels = out.shape[1], out.shape[2], out.shape[3]
     columns = (channels + COLS - 1) // COLS
     each = (columns + groups - 1) // groups
-    high, wide = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    high, wide = (max(height, rows_out) + TILE - 1) // TILE, (max(width, cols_out) + TILE - 1) // TILE
     tiles = batch * high * wide
     tasks = (tiles + size - 1) // size * groups
+    points, onto = u.shape[0], doubled and rows_out > height
     apart, to_apart = size * depth + _APART, size * each * COLS + _APART
+    line, to_line, nothing = 4 * width * depth, 4 * cols_out * channels, zeros.ctypes.data
     for worker in prange(workers):
         source, made, table, first = sources[worker].ctypes.data, products[worker].ctypes.data, tables[worker], edges[worker]
         outside = first[channels:].ctypes.data
-        for point in range(POINTS):
+        for point in range(points):
             for t in range(size):
                 table[0, point, t] = source + 4 * (point * apart + t * depth)
                 table[1, point, t] = made + 4 * (point * to_apart + t * each * COLS)
@@ -114,16 +158,21 @@ def _convolve(
                 at_block = block
                 for t in range(count):
                     n, row, col = _tile(begin + t, high, wide)
-                    image, line = x.ctypes.data + 4 * n * height * width * depth, 4 * width * depth
+                    image = x.ctypes.data + n * height * line
                     for c in range(0, depth, LANES):
                         at, to = image + 4 * c, source + 4 * (t * depth + c)
-                        read_source(at, row - 1, col - 1, height, width, line, 4 * depth, zeros.ctypes.data, to, 4 * apart)
-            for point in range(POINTS):
+                        if not doubled:
+                            read_source(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
+                        elif onto:
+                            read_doubled(at, row // 2 - 1, col // 2 - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
+                        else:
+                            read_source_fewer(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
+            for point in range(points):
                 for column in range(from_column, to_column):
                     panel = u[point, column * depth * COLS :].ctypes.data
                     for t in range(0, count, ROWS):
                         rows, to = table[0, point, t:].ctypes.data, table[1, point, t:].ctypes.data
-                        row_tile(rows, 0, 1, depth, panel, zeros.ctypes.data, to, 4 * (column - from_column) * COLS)
+                        row_tile(rows, 0, 1, depth, panel, nothing, to, 4 * (column - from_column) * COLS)
             of_image = -1
             begin_channel, end_channel = from_column * COLS, min(channels, to_column * COLS)
             for t in range(count):
@@ -133,67 +182,79 @@ def _convolve(
                     for k in range(begin_channel, end_channel):
                         first[k] = bias[k] if biased else F(0)
                         first[k] += shift[n, k] if shifted else F(0)
-                start, line = 4 * n * height * width * channels, 4 * width * channels
                 for k in range(begin_channel, end_channel, LANES):
-                    at, start_k = made + 4 * (t * each * COLS + k - begin_channel), start + 4 * k
-                    to, plus = out.ctypes.data + start_k, first[k:].ctypes.data
-                    if added:
-                        more, none = residual.ctypes.data + start_k, zeros.ctypes.data
-                        add_result(at, 4 * to_apart, to, row, col, height, width, line, 4 * channels, outside, plus, more, none)
+                    at, start = made + 4 * (t * each * COLS + k - begin_channel), n * rows_out * to_line + 4 * k
+                    to, plus = out.ctypes.data + start, first[k:].ctypes.data
+                    more, step, pixel = residual.ctypes.data + start, 4 * to_apart, 4 * channels
+                    if not doubled and not added:
+                        write_result(at, step, to, row, col, rows_out, cols_out, to_line, pixel, outside, plus)
+                    elif not doubled:
+                        add_result(at, step, to, row, col, rows_out, cols_out, to_line, pixel, outside, plus, more, nothing)
+                    elif onto:
+                        write_result_fewer(at, step, to, row, col, rows_out, cols_out, to_line, pixel, outside, plus)
                     else:
-                        write_result(at, 4 * to_apart, to, row, col, height, width, line, 4 * channels, outside, plus)
+                        write_halved(at, step, to, row // 2, col // 2, rows_out, cols_out, to_line, pixel, outside, plus)
 
 
-def convolve(x, w, bias, out, backward=False, shift=None, residual=None):
-    """out = w * x + bias + shift[n] + residual, or with ``backward`` the gradient of the input where x is that of the output."""
+def convolve(x, w, bias, out, upsample=False, backward=False, shift=None, residual=None):
+    """out = w * x + bias + shift[n] + residual, or with ``backward`` the gradient of the input where x is that of the output.
+
+    With ``upsample`` there is no residual.
+    """
     depth, channels, workers = x.shape[3], out.shape[3], threads()
-    columns = -(-channels // COLS)
-    u = buffers.empty((POINTS, columns * depth * COLS + _APART), np.float32)
+    columns, points = -(-channels // COLS), FEWER if upsample else POINTS
+    u = buffers.empty((points, columns * depth * COLS + _APART), np.float32)
     if backward:
-        _factors_turned(w, u, buffers.empty((workers, 9 * LANES * LANES), np.float32), workers)
+        _factors_turned(w, u, upsample, buffers.empty((workers, 9 * LANES * LANES), np.float32), workers)
     else:
-        _factors(w, u)
-    tiles = x.shape[0] * -(-x.shape[1] // TILE) * -(-x.shape[2] // TILE)
+        _factors(w, u, upsample)
+    tiles = _tiles(x.shape[0], *map(max, zip(x.shape[1:3], out.shape[1:3], strict=True)))
     size = _BLOCK if tiles > _ALONE else -(-tiles // ROWS) * ROWS
     groups = max(1, min(columns, -(-_TASKS * workers // -(-tiles // size))))
     each = -(-columns // groups)
     groups = -(-columns // each)
-    sources = buffers.empty((workers, POINTS * (size * depth + _APART)), np.float32)
-    products = buffers.empty((workers, POINTS * (size * each * COLS + _APART)), np.float32)
-    tables = buffers.empty((workers, 2, POINTS, size), np.int64)
+    sources = buffers.empty((workers, points * (size * depth + _APART)), np.float32)
+    products = buffers.empty((workers, points * (size * each * COLS + _APART)), np.float32)
+    tables = buffers.empty((workers, 2, points, size), np.int64)
     edges = buffers.empty((workers, channels + LANES), np.float32)
     extra = (
         *(edges[0] if bias is None else bias, bias is not None),
         *(edges if shift is None else shift, shift is not None),
         *(out if residual is None else residual, residual is not None),
     )
-    _convolve(x, u, *extra, out, size, groups, sources, products, tables, ZEROS, edges, workers)
+    _convolve(x, u, *extra, out, upsample, size, groups, sources, products, tables, ZEROS, edges, workers)
     return out
 
 
 @loops
-def _into_space(x, dy, begin, count, sources, marks, apart, to_apart, chunk, zeros, workers):
+def _into_space(x, dy, doubled, begin, count, sources, marks, apart, to_apart, chunk, zeros, workers):
     """Bᵀ d B and A dy Aᵀ of ``count`` tiles from ``begin`` on: (chunk, depth) and (columns, chunk, COLS) at each point."""
     _, height, width, depth = x.shape
-    channels, nothing = dy.shape[3], zeros.ctypes.data
-    high, wide = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    rows, cols, channels = dy.shape[1], dy.shape[2], dy.shape[3]
+    high, wide = (rows + TILE - 1) // TILE, (cols + TILE - 1) // TILE
+    line, to_line, nothing = 4 * width * depth, 4 * cols * channels, zeros.ctypes.data
     for worker in prange(workers):
         for t in range(count * worker // workers, count * (worker + 1) // workers):
             n, row, col = _tile(begin + t, high, wide)
-            image, line = x.ctypes.data + 4 * n * height * width * depth, 4 * width * depth
             for c in range(0, depth, LANES):
-                at, to = image + 4 * c, sources.ctypes.data + 4 * (t * depth + c)
-                read_source(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
-            image, line = dy.ctypes.data + 4 * n * height * width * channels, 4 * width * channels
+                at, to = x.ctypes.data + n * height * line + 4 * c, sources.ctypes.data + 4 * (t * depth + c)
+                if doubled:
+                    read_doubled(at, row // 2 - 1, col // 2 - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
+                else:
+                    read_source(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
             for k in range(0, channels, LANES):
-                at, to = image + 4 * k, marks.ctypes.data + 4 * ((k // COLS * chunk + t) * COLS + k % COLS)
-                read_mark(at, row, col, height, width, line, 4 * channels, nothing, to, 4 * to_apart)
+                at = dy.ctypes.data + n * rows * to_line + 4 * k
+                to = marks.ctypes.data + 4 * ((k // COLS * chunk + t) * COLS + k % COLS)
+                if doubled:
+                    read_mark_fewer(at, row, col, rows, cols, to_line, 4 * channels, nothing, to, 4 * to_apart)
+                else:
+                    read_mark(at, row, col, rows, cols, to_line, 4 * channels, nothing, to, 4 * to_apart)
 
 
 @loops
 def _sum_tiles(sums, first, columns, depth, count, sources, marks, apart, to_apart, chunk, tables, workers):
-    """sums (POINTS, …) += Σ over ``count`` tiles, at each point of the space as (columns, depth/NARROW, NARROW, COLS)."""
-    tasks, parts = POINTS * columns, depth // NARROW
+    """sums (points, …) += Σ over ``count`` tiles, at each point of the space as (columns, depth/NARROW, NARROW, COLS)."""
+    tasks, parts = sums.shape[0] * columns, depth // NARROW
     for worker in prange(workers):
         rows = tables[worker]
         for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
@@ -209,14 +270,17 @@ def _sum_tiles(sums, first, columns, depth, count, sources, marks, apart, to_apa
 
 
 @loops
-def _from_space(sums, dw):
+def _from_space(sums, dw, doubled):
     depth, channels = dw.shape[2], dw.shape[3]
     columns = (channels + COLS - 1) // COLS
     for i in prange(columns * depth):
         column, c = i // depth, i % depth
         for k in range(column * COLS, min(channels, (column + 1) * COLS), LANES):
-            at = sums.ctypes.data + 4 * (i * COLS + k % COLS)
-            transform_gradient(at, 4 * sums.shape[1], dw.ctypes.data + 4 * (c * channels + k), 4 * depth * channels)
+            at, to = sums.ctypes.data + 4 * (i * COLS + k % COLS), dw.ctypes.data + 4 * (c * channels + k)
+            if doubled:
+                transform_gradient_fewer(at, 4 * sums.shape[1], to, 4 * depth * channels)
+            else:
+                transform_gradient(at, 4 * sums.shape[1], to, 4 * depth * channels)
 
 
 @loops
@@ -237,20 +301,19 @@ def _sum_places(dy, partial, dbias):
             dbias[k] += row[k]
 
 
-def gradient(x, dy, dw, dbias):
+def gradient(x, dy, dw, dbias, upsample=False):
     """dw (3, 3, C, K) and dbias (K,): the gradients of taps and bias where dy is that of the output."""
     depth, channels, workers = x.shape[3], dy.shape[3], threads()
-    tiles = x.shape[0] * -(-x.shape[1] // TILE) * -(-x.shape[2] // TILE)
-    columns = -(-channels // COLS)
-    chunk = min(tiles, max(ROWS, _CHUNK_BYTES // (4 * POINTS * (depth + columns * COLS))))
+    tiles, points, columns = _tiles(*dy.shape[:3]), FEWER if upsample else POINTS, -(-channels // COLS)
+    chunk = min(tiles, max(ROWS, _CHUNK_BYTES // (4 * points * (depth + columns * COLS))))
     apart, to_apart = chunk * depth + _APART, chunk * columns * COLS + _APART
-    sources, marks = (buffers.empty((POINTS * step,), np.float32) for step in (apart, to_apart))
+    sources, marks = (buffers.empty((points * step,), np.float32) for step in (apart, to_apart))
     tables = buffers.empty((workers, chunk), np.int64)
-    sums = buffers.empty((POINTS, columns * depth * COLS + _APART), np.float32)
+    sums = buffers.empty((points, columns * depth * COLS + _APART), np.float32)
     for begin in range(0, tiles, chunk):
         count = min(chunk, tiles - begin)
-        _into_space(x, dy, begin, count, sources, marks, apart, to_apart, chunk, ZEROS, workers)
+        _into_space(x, dy, upsample, begin, count, sources, marks, apart, to_apart, chunk, ZEROS, workers)
         _sum_tiles(sums, begin == 0, columns, depth, count, sources, marks, apart, to_apart, chunk, tables, workers)
-    _from_space(sums, dw)
+    _from_space(sums, dw, upsample)
     _sum_places(dy.reshape(-1, channels), buffers.empty((_PARTS, channels), np.float32), dbias)
     return dw, dbias
