@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .compiling import compiling
+
 FOLDER = Path(__file__).parent / "cuda"
 _INCLUDE = re.compile(r'^#include "([\w.]+)"[ \t]*$', re.MULTILINE)
 
@@ -49,11 +51,16 @@ class Cuda:
         index = self.xp.cuda.runtime.getDevice()
         found = self._kernels.get((file, name, index))
         if found is None:
-            module = self._modules.get((file, index))
-            if module is None:
-                code = source(FOLDER / f"{file}.cu")
-                module = self._modules[file, index] = self.xp.RawModule(code=code, options=("--std=c++17",))
-            found = self._kernels[file, name, index] = module.get_function(name)
+            with compiling(f"{file}.cu"):
+                found = self._kernels[file, name, index] = self.module(file).get_function(name)
+        return found
+
+    def module(self, file: str) -> Any:
+        """The module of ``cuda/<file>.cu``: compiled by its method ``compile``, or when it is first asked for a kernel."""
+        key = file, self.xp.cuda.runtime.getDevice()
+        found = self._modules.get(key)
+        if found is None:
+            found = self._modules[key] = self.xp.RawModule(code=source(FOLDER / f"{file}.cu"), options=("--std=c++17",))
         return found
 
     def launch(self, file: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared: int = 0) -> None:

@@ -7,9 +7,26 @@ import numpy as np
 
 from .reference import philox
 
+FEW = 32  # words that are made by integers of Python sooner than by arrays
+_MASK = 0xFFFFFFFF
+
+
+def _two_words(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int]:
+    """The four words of :func:`philox` as two of 64 bits."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0 << 32 | c1, c2 << 32 | c3
+
 
 def bits(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
     """``n`` uint64 words; word i comes from counter (i // 2, sample, step, stream)."""
+    if n <= FEW:
+        rest, key = (sample & _MASK, step & _MASK, stream & _MASK), (seed & _MASK, seed >> 32 & _MASK)
+        words = [w for i in range((n + 1) // 2) for w in _two_words((i, *rest), key)]
+        return np.array(words[:n], np.uint64)
     c0 = np.arange((n + 1) // 2, dtype=np.uint32)
     full = [np.full_like(c0, value & 0xFFFFFFFF) for value in (sample, step, stream)]
     r0, r1, r2, r3 = (r.astype(np.uint64) for r in philox((c0, *full), (seed & 0xFFFFFFFF, seed >> 32)))

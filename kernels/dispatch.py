@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from . import checks, reference
 from .arrays import is_cupy, is_foreign, is_native, native, restore
+from .recording import refuse
 from .registry import TABLE
 
 BACKENDS = ("auto", "reference")
@@ -35,7 +36,7 @@ def use(backend: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-# What a kernel writes must be contiguous as it is; what it only reads is copied where it is not.
+# What a kernel writes must be contiguous and aligned as it is; what it only reads is copied where it is not.
 _WRITTEN = {"adamw_ema": ("param", "m", "v", "ema")}
 _RESULTS = ("out", "store", "eps_out")
 _SEQUENCES = ("history", "pad", "input_shape", "clip")  # tuples, which a caller may give as lists
@@ -50,15 +51,21 @@ _TABLES = {
 _DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
 _SCALARS = frozenset((int, float, bool, type(None)))
 _PLAIN = _SCALARS | {np.ndarray, tuple}  # types that need no question about DLPack
+_FLOAT32 = np.dtype(np.float32)
+
+
+def chosen() -> str:
+    """What :func:`use` or ALPHABAR_KERNELS asks for. ValueError where that is none of BACKENDS."""
+    choice = _choice.get()
+    if choice not in BACKENDS:
+        raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {choice!r}")
+    return choice
 
 
 def backend_for(name: str, bound: dict[str, Any]) -> str:
     """ "cpu", "gpu" or "reference" for these arguments (a mapping of the kernel's parameter names)."""
-    choice = _choice.get()
-    if choice == "reference":
-        return choice
-    if choice != "auto":
-        raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {choice!r}")
+    if chosen() == "reference":
+        return "reference"
     dtypes, tables = _DTYPES[name], _TABLES.get(name, ())
     first = None
     for k, v in bound.items():
@@ -73,7 +80,7 @@ def backend_for(name: str, bound: dict[str, Any]) -> str:
         return "reference"
     for k in _WRITTEN.get(name, _RESULTS):
         a = bound.get(k)
-        if a is not None and is_native(a) and not a.flags.c_contiguous:
+        if a is not None and is_native(a) and not (a.flags.c_contiguous and getattr(a.flags, "aligned", True)):
             return "reference"
     return "gpu" if is_cupy(first) else "cpu"
 
@@ -87,16 +94,33 @@ def _contiguous(v: Any) -> Any:
 
 
 def _writable(v: Any) -> Any:
-    """As :func:`_contiguous`, and a copy of a read-only array, which Numba takes for another type."""
+    """As :func:`_contiguous`, and a copy of an array that is read-only or misaligned, which Numba takes for another type."""
     if type(v) is tuple:
         return tuple(map(_writable, v))
-    if isinstance(v, np.ndarray) and not (v.flags.c_contiguous and v.flags.writeable):
+    if isinstance(v, np.ndarray) and not v.flags.carray:
         return v.copy(order="C")
     return v
 
 
 def _to_native(v: Any) -> Any:
     return tuple(map(_to_native, v)) if isinstance(v, tuple) else native(v)
+
+
+def _as_they_are(given: Mapping[Any, Any], tables: Collection[str], dtypes: Collection[Any]) -> bool:
+    """Whether the CPU's kernel takes all arguments without a copy: one pass that settles most calls."""
+    for k, v in given.items():
+        kind = type(v)
+        if kind in _SCALARS:
+            continue
+        if kind is np.ndarray:
+            if k in tables:
+                if not v.flags.c_contiguous:
+                    return False
+            elif not v.flags.carray or (v.dtype is not _FLOAT32 and v.dtype.kind == "f" and v.dtype not in dtypes):
+                return False
+        elif kind is not tuple or not _as_they_are(dict(enumerate(v)), (), dtypes):
+            return False
+    return True
 
 
 def kernel(name: str) -> Callable[..., Any]:
@@ -106,17 +130,22 @@ def kernel(name: str) -> Callable[..., Any]:
     check = getattr(checks, name)
     defaults = {k: p.default for k, p in signature.parameters.items()}
     names = tuple(defaults)
-    written, tables = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset())
+    written, tables, dtypes = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset()), _DTYPES[name]
     sequences = tuple(k for k in _SEQUENCES if k in defaults)
     required = sum(d is inspect.Parameter.empty for d in defaults.values())
 
     @functools.wraps(definition)
     def call(*args: Any, **kwargs: Any) -> Any:
         count = len(args)
-        given = defaults | dict(zip(names, args, strict=False)) | kwargs  # Signature.bind does this too, ten times slower
+        said = dict(zip(names, args, strict=False)) | kwargs
+        given = defaults | said  # Signature.bind does this too, ten times slower
         doubled = kwargs and not kwargs.keys().isdisjoint(names[:count])
-        if count > len(names) or len(given) > len(names) or doubled or not kwargs.keys() >= set(names[count:required]):
+        missing = count < required and not kwargs.keys() >= set(names[count:required])
+        if count > len(names) or len(given) > len(names) or doubled or missing:
             signature.bind(*args, **kwargs)  # raises what Python raises
+        if _choice.get() == "auto" and _as_they_are(said, tables, dtypes):
+            check(*given.values())
+            return (_loaded.get(("cpu", name)) or _load("cpu", name))(*given.values())
         for k in sequences:
             if type(given[k]) is list:
                 given[k] = tuple(given[k])
@@ -131,6 +160,7 @@ def kernel(name: str) -> Callable[..., Any]:
                 raise ValueError(f"{k} must be writable, not read-only")
         backend = backend_for(name, given)
         if backend == "reference":
+            refuse("a kernel's definition")
             result = definition(**given)
         else:
             run = _loaded.get((backend, name)) or _load(backend, name)

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from heapq import heappop, heappush
 from typing import Any
 
-from ..kernels import buffers
+from ..kernels import elementwise
 from ..kernels.arrays import array_module, is_native
 
 Array = Any
@@ -29,14 +29,16 @@ _first: ContextVar[int] = ContextVar("first", default=-1)  # tensors of lower nu
 _numbers = itertools.count()
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Run the block without a tape: nothing is kept for a backward pass. Tangents are carried all the same."""
-    token = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
+class no_grad:
+    """``with no_grad():`` runs the block without a tape: nothing is kept for a backward pass. Tangents are carried on."""
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = _recording.set(False)
+
+    def __exit__(self, *exc: object) -> None:
+        _recording.reset(self._token)
 
 
 @contextmanager
@@ -56,6 +58,11 @@ def fresh_tape() -> Iterator[None]:
 def recording() -> bool:
     """True where operations are recorded."""
     return _recording.get()
+
+
+def on_own_tape() -> bool:
+    """True outside of :func:`fresh_tape` and of a push."""
+    return _first.get() < 0 and not _pushing.get()
 
 
 class Tensor:
@@ -114,23 +121,24 @@ class Tensor:
             raise ValueError("a tangent cannot carry a tangent itself: forward mode is of first order")
         self._tangent = tangent
 
-    def receive(self, g: Array, at: Any = ...) -> None:
-        """Add ``g`` to the gradient (to its part ``at``)."""
+    def receive(self, g: Array, at: int | None = None) -> None:
+        """Add ``g`` to the gradient, or to its columns from ``at`` on (those of the last axis)."""
         if not self.needs_grad:
             return
-        if self.grad is None and at is ...:
-            self.grad, self._own = g, False
+        if at is None:
+            if self.grad is None:
+                self.grad, self._own = g, False
+            elif self._own:
+                elementwise.add(self.grad, g, self.grad)
+            else:
+                self.grad, self._own = elementwise.add(self.grad, g), True
             return
         if not self._own:
-            xp = array_module(g)
-            mine = buffers.empty(self.data.shape, self.data.dtype, xp)
-            first, self.grad, self._own = self.grad, mine, True
-            if first is not None and at is ...:
-                xp.add(first, g, out=mine)
-                return
-            mine[...] = 0 if first is None else first
-        part = self.grad[at]  # a view; grad[at] += g would also copy it onto itself
-        part += g
+            first, self._own = self.grad, True
+            self.grad = elementwise.zeros(self.data.shape, self.data.dtype, array_module(g))
+            if first is not None:
+                elementwise.add(self.grad, first, self.grad)
+        elementwise.add_columns(g, at, self.grad)
 
     def backward(self, dout: Array) -> None:
         """Carry the gradient ``dout`` of a number with respect to this tensor back to everything that it was made from.

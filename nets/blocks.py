@@ -65,14 +65,11 @@ class ResBlock:
         self.shortcut = Conv2d(store, f"{name}.conv_shortcut", n_in, n_out, kernel=1) if n_in != n_out else None
 
     def __call__(self, x: Tensor, emb: Tensor, drop: Dropout | None) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        if self.modulate:
-            h = self.norm2(h, emb, self.at)
-        else:
-            h = self.norm2(f.add_columns(h, emb, self.at, inplace=True))
+        h = self.norm1(x)
+        h = self.norm2(self.conv1(h), emb, self.at) if self.modulate else self.norm2(self.conv1(h, emb, self.at))
         if drop is not None:
             h = drop(h, self.layer)
-        return f.add(x if self.shortcut is None else self.shortcut(x), self.conv2(h), inplace=True)
+        return self.conv2(h, residual=x if self.shortcut is None else self.shortcut(x))
 
 
 class Level:

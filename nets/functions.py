@@ -11,7 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 from .. import kernels
-from ..kernels import buffers, streams
+from ..kernels import buffers, elementwise, streams
 from ..kernels.arrays import array_module
 from . import tangents
 from .autograd import Tensor, record
@@ -21,13 +21,32 @@ Array = Any
 Pad = tuple[int, int] | None
 
 
-def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, upsample: bool = False, pad: Pad = None) -> Tensor:
-    """y = w * x + b; x (B, H, W, Cin), w (k, k, Cin, Cout) with k 1 or 3, b (Cout,); ``upsample`` doubles x first."""
-    kernel = w.shape[0]
-    y = kernels.conv2d(x.data, w.data, None if b is None else b.data, stride, upsample, pad)
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    stride: int = 1,
+    upsample: bool = False,
+    pad: Pad = None,
+    emb: Tensor | None = None,
+    at: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = w * x + b + emb[:, at + k] + residual; x (B, H, W, Cin), w (k, k, Cin, Cout) with k 1 or 3, b (Cout,), emb (B, E).
 
-    # y is linear in x and in w: dx and dw are the two transposes, db the sum over all places.
+    ``upsample`` doubles x first.
+    """
+    kernel = w.shape[0]
+    bias, shift = None if b is None else b.data, None if emb is None else elementwise.channels(emb.data, at, w.shape[3])
+    added = None if residual is None else residual.data
+    y = kernels.conv2d(x.data, w.data, bias, stride, upsample, pad, None, shift, added)
+
+    # y is linear in x and in w: dx and dw are the two transposes, db the sum over all places, that of emb over a sample's.
     def pull(dy: Array) -> None:
+        if emb is not None and emb.needs_grad:
+            emb.receive(elementwise.sum_places(dy), at)
+        if residual is not None:
+            residual.receive(dy)
         if w.needs_grad or (b is not None and b.needs_grad):
             dw, db = kernels.conv2d_backward_weight(x.data, dy, kernel, stride, upsample, pad)
             w.receive(dw)
@@ -36,16 +55,18 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, upsam
         if x.needs_grad:
             x.receive(kernels.conv2d_backward_input(dy, w.data, x.shape, stride, upsample, pad))
 
-    # ẏ = w * ẋ + (ẇ * x + ḃ)
+    # ẏ = w * ẋ + (ẇ * x + ḃ) + the others' own
     def push() -> Tensor:
-        of_x = of_w = None
+        of_x = of_w = of_emb = None
         if x.tangent is not None:
             of_x = conv2d(x.tangent, w, None, stride, upsample, pad)
         if w.tangent is not None or (b is not None and b.tangent is not None):
             of_w = conv2d(x, zero_or(w.tangent, w), None if b is None else b.tangent, stride, upsample, pad)
-        return total(of_x, of_w)
+        if emb is not None and emb.tangent is not None:
+            of_emb = add_columns(Tensor(array_module(y).zeros_like(y)), emb.tangent, at)
+        return total(of_x, of_w, of_emb, None if residual is None else residual.tangent)
 
-    return record(y, (x, w) if b is None else (x, w, b), pull, push)
+    return record(y, tuple(z for z in (x, w, b, emb, residual) if z is not None), pull, push)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -114,7 +135,7 @@ def group_norm_silu(
     channels = x.shape[-1]
     scale = shift = None
     if emb is not None:
-        scale, shift = emb.data[:, at : at + channels], emb.data[:, at + channels : at + 2 * channels]
+        scale, shift = (elementwise.channels(emb.data, i, channels) for i in (at, at + channels))
     y, mean, rstd = kernels.group_norm_silu(x.data, gamma.data, beta.data, groups, eps, scale, shift, silu)
 
     # mean and rstd are all that is kept: the kernel recomputes v, and with g = dn·γ, ⟨·⟩ the mean over a group,
@@ -127,8 +148,8 @@ def group_norm_silu(
         beta.receive(dbeta)
         x.receive(dx)
         if emb is not None:
-            emb.receive(dscale, at=(slice(None), slice(at, at + channels)))
-            emb.receive(dshift, at=(slice(None), slice(at + channels, at + 2 * channels)))
+            emb.receive(dscale, at)
+            emb.receive(dshift, at + channels)
 
     # ẏ = silu'(v)·v̇
     def push() -> Tensor:
@@ -197,8 +218,7 @@ def add(a: Tensor, b: Tensor, inplace: bool = False) -> Tensor:
 
     Tangents are never written over: they may be shared.
     """
-    xp = array_module(a.data)
-    y = xp.add(a.data, b.data, out=b.data if inplace else buffers.empty(a.shape, a.data.dtype, xp))
+    y = elementwise.add(a.data, b.data, out=b.data if inplace else None)
 
     # both derivatives are 1
     def pull(dy: Array) -> None:
@@ -213,16 +233,12 @@ def add(a: Tensor, b: Tensor, inplace: bool = False) -> Tensor:
 
 def add_columns(x: Tensor, emb: Tensor, at: int, inplace: bool = False) -> Tensor:
     """y[b, …, c] = x[b, …, c] + emb[b, at + c]; x (B, …, C), emb (B, E). ``inplace`` as in :func:`add`, over x."""
-    xp = array_module(x.data)
-    batch, channels = x.shape[0], x.shape[-1]
-    part = (slice(None), slice(at, at + channels))
-    y = x.data if inplace else buffers.empty(x.shape, x.data.dtype, xp)
-    xp.add(x.data, emb.data[part].reshape(batch, *(1,) * (len(x.shape) - 2), channels), out=y)
+    y = elementwise.add_channels(x.data, emb.data, at, out=x.data if inplace else None)
 
     # one number of emb goes to all places of a channel: its gradient is the sum over them
     def pull(dy: Array) -> None:
         if emb.needs_grad:
-            emb.receive(xp.einsum("bpc->bc", dy.reshape(batch, prod(x.shape[1:-1]), channels)), at=part)
+            emb.receive(elementwise.sum_places(dy), at)
         x.receive(dy)
 
     def push() -> Tensor:
@@ -233,39 +249,35 @@ def add_columns(x: Tensor, emb: Tensor, at: int, inplace: bool = False) -> Tenso
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
     """y = [a, b] along the channels; a (B, …, C1), b (B, …, C2)."""
-    xp = array_module(a.data)
-    n = a.shape[-1]
-    y = buffers.empty((*a.shape[:-1], n + b.shape[-1]), a.data.dtype, xp)
-    y[..., :n] = a.data
-    y[..., n:] = b.data
+    n, m = a.shape[-1], b.shape[-1]
 
     # each gets its own channels back, contiguous because the kernels before it want that
     def pull(dy: Array) -> None:
-        for x, part in ((a, dy[..., :n]), (b, dy[..., n:])):
-            dx = buffers.empty(x.shape, dy.dtype, xp)
-            dx[...] = part
-            x.receive(dx)
+        for x, at, count in ((a, 0, n), (b, n, m)):
+            if x.needs_grad:
+                x.receive(elementwise.channels(dy, at, count))
 
     def push() -> Tensor:
         return concat(zero_or(a.tangent, a), zero_or(b.tangent, b))
 
-    return record(y, (a, b), pull, push)
+    return record(elementwise.concat(a.data, b.data), (a, b), pull, push)
 
 
 def embedding(table: Tensor, index: Array) -> Tensor:
     """y[b, …] = table[index[b, …]]; table (rows, E), index (B, …) integers of the same array library."""
-    xp = array_module(table.data)
+    rows, size = table.shape
 
-    # d table[r] = Σ_{b: index[b] = r} dy[b] = onehotᵀ dy: a product, since a scatter by atomics would not repeat bit for bit
+    # d table[r] = Σ_{b: index[b] = r} dy[b], on a GPU as onehotᵀ dy: a scatter by atomics would not repeat bit for bit
     def pull(dy: Array) -> None:
-        onehot = (index.reshape(-1, 1) == xp.arange(table.shape[0])).astype(dy.dtype)
-        dw, _ = kernels.conv2d_backward_weight(onehot[:, None, None], dy.reshape(-1, 1, 1, table.shape[1]), 1)
-        table.receive(dw[0, 0])
+        if (dw := elementwise.sum_into_rows(dy, index, rows)) is None:
+            onehot = (index.reshape(-1, 1) == array_module(dy).arange(rows)).astype(dy.dtype)
+            dw = kernels.conv2d_backward_weight(onehot[:, None, None], dy.reshape(-1, 1, 1, size), 1)[0][0, 0]
+        table.receive(dw)
 
     def push() -> Tensor:
         return embedding(total(table.tangent), index)
 
-    return record(table.data[index], (table,), pull, push)
+    return record(elementwise.take_rows(table.data, index), (table,), pull, push)
 
 
 @lru_cache(maxsize=64)

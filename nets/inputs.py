@@ -10,6 +10,7 @@ from .autograd import Tensor
 from .layers import ParameterStore
 
 Array = Any
+FEW = 64  # integers that Python compares sooner than NumPy
 
 
 def check_input(x: Array | Tensor, shape: tuple[int, ...], params: ParameterStore) -> Tensor:
@@ -34,7 +35,8 @@ def check_times(t: Any, batch: int, xp: Any) -> Array:
         raise TypeError(f"t must be integers or floats, not {t.dtype}")
     if t.shape not in ((), (batch,)):
         raise ValueError(f"t must have shape ({batch},), not {t.shape}")
-    return xp.broadcast_to(xp.asarray(t, "float64"), (batch,))
+    t = xp.asarray(t, "float64")
+    return t if t.ndim else xp.broadcast_to(t, (batch,))
 
 
 def check_labels(y: Any, batch: int, classes: int, null_class: bool, xp: Any) -> Array:
@@ -56,8 +58,10 @@ def check_integers(name: str, a: Any, shape: tuple[int | str, ...], count: int, 
         raise TypeError(f"{name} must be integers, not {a.dtype}")
     if a.ndim != len(shape) or any(n != want and isinstance(want, int) for n, want in zip(a.shape, shape, strict=True)):
         raise ValueError(f"{name} must have shape {str(shape).replace(chr(39), '')}, not {a.shape}")
-    if isinstance(a, np.ndarray) and a.size and not (0 <= a.min() and a.max() < count):  # values on a GPU are not waited for
-        raise ValueError(f"{name} must be in 0..{count - 1}, not {a.min()}..{a.max()}")
+    if isinstance(a, np.ndarray) and a.size:  # values on a GPU are not waited for
+        some = a.reshape(-1).tolist() if a.size <= FEW else (a.min(), a.max())
+        if not (0 <= min(some) and max(some) < count):
+            raise ValueError(f"{name} must be in 0..{count - 1}, not {min(some)}..{max(some)}")
     return xp.asarray(a)
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
-from ..kernels import streams
+from ..kernels import elementwise, streams
 from ..kernels.arrays import array_module
 from . import functions as f
 from . import token_functions
@@ -17,6 +17,21 @@ from .autograd import Tensor
 
 Array = Any
 ALIGN = 16  # elements: each parameter starts on a 64-byte boundary of the float32 buffer
+
+
+class Parameter(Tensor):
+    """A leaf of a store. It counts the changes of its attributes (not of what its arrays hold)."""
+
+    __slots__ = ("_changes",)
+    _changes: list[int]
+
+    def __init__(self, changes: list[int]) -> None:
+        object.__setattr__(self, "_changes", changes)
+        super().__init__(None, needs_grad=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._changes[0] += 1
 
 
 class ParameterStore:
@@ -35,12 +50,15 @@ class ParameterStore:
         self.grad: Array = None
         self._declared: dict[str, tuple[Tensor, tuple[int, ...], float, float]] = {}
         self._offsets: list[int] = []
+        self._changes, self._seen = [0], -1  # of attributes of parameters: so far, and when _form was made
+        self._form: tuple | None = None
+        self._own: list[tuple[Array, Array]] = []  # the views that parameters have as data and grad
 
     def declare(self, name: str, shape: tuple[int, ...], std: float = 0.0, mean: float = 0.0) -> Tensor:
         """A parameter of this name and shape, to be filled by :meth:`build`."""
         if name in self._declared or self.data is not None:
             raise ValueError(f"parameter {name!r} is declared twice or after build")
-        parameter = Tensor(None, needs_grad=True)
+        parameter = Parameter(self._changes)
         self._declared[name] = (parameter, shape, std, mean)
         return parameter
 
@@ -70,6 +88,24 @@ class ParameterStore:
         self.data = flat
         for (parameter, *_), view in zip(self._declared.values(), self._views(flat), strict=True):
             parameter.data = view
+        self._own = [(parameter.data, parameter.grad) for parameter, *_ in self._declared.values()]
+
+    def form(self) -> tuple | None:
+        """What a run depends on besides the values: where they lie and which want gradients. A few bytes to compare.
+
+        None for CuPy, for float64, and where a parameter carries a tangent or arrays that are not the store's.
+        """
+        if self._seen != self._changes[0]:
+            self._seen, parameters = self._changes[0], [p for p, *_ in self._declared.values()]
+            plain = self.xp is np and self.dtype == np.float32 and self.data.flags.c_contiguous
+            for p, (data, grad) in zip(parameters, self._own, strict=True):
+                plain = plain and p.data is data and p.grad is grad and p._tangent is None
+            self._form = (id(self.data), id(self.grad), bytes(p._needs_grad for p in parameters)) if plain else None
+        return self._form
+
+    def leaf(self) -> Tensor | None:
+        """A parameter that wants its gradient."""
+        return next((p for p, *_ in self._declared.values() if p.needs_grad), None)
 
     @contextmanager
     def using(self, flat: Array) -> Iterator[None]:
@@ -98,7 +134,7 @@ class ParameterStore:
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        self.grad.fill(0)
+        elementwise.fill(self.grad, 0)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._declared[name][0]
@@ -154,7 +190,10 @@ class Linear:
 
 
 class Conv2d:
-    """A convolution with bias, 3×3 or 1×1; ``zero`` starts it at zero, ``upsample`` doubles the image first."""
+    """A convolution with bias, 3×3 or 1×1; ``zero`` starts it at zero, ``upsample`` doubles the image first.
+
+    A call may add columns of ``emb`` to every place, and a ``residual`` of the result's shape.
+    """
 
     def __init__(
         self,
@@ -173,8 +212,8 @@ class Conv2d:
         self.bias = store.declare(f"{name}.bias", (n_out,))
         self.stride, self.upsample, self.pad = stride, upsample, pad
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return f.conv2d(x, self.weight, self.bias, self.stride, self.upsample, self.pad)
+    def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0, residual: Tensor | None = None) -> Tensor:
+        return f.conv2d(x, self.weight, self.bias, self.stride, self.upsample, self.pad, emb, at, residual)
 
 
 class GroupNorm:
@@ -258,12 +297,19 @@ def time_features(t: Array, channels: int, cos_first: bool = False, freq_shift: 
     float32, each correctly: so do the published networks that were trained with such features, up to last bits.
     Source: Vaswani et al. 2017, section 3.5.
     """
-    xp, half, real = array_module(t), channels // 2, np.dtype(dtype).type
-    exponent = real(-np.log(10000.0)) * np.arange(half, dtype=real) / real(half - freq_shift)
-    omega = xp.asarray(np.exp(exponent.astype(np.float64)).astype(real))
-    angle = (t.astype(real)[:, None] * omega[None, :]).astype(np.float64)
+    xp, omega = array_module(t), _frequencies(channels // 2, freq_shift, dtype)
+    angle = (t.astype(omega.dtype)[:, None] * xp.asarray(omega)).astype(np.float64)
     pair = (xp.cos(angle), xp.sin(angle)) if cos_first else (xp.sin(angle), xp.cos(angle))
-    return xp.concatenate(pair, axis=1).astype(real).astype(np.float64)
+    return xp.concatenate(pair, axis=1).astype(omega.dtype).astype(np.float64)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(half: int, freq_shift: float, dtype: str) -> Array:
+    real = np.dtype(dtype).type
+    exponent = real(-np.log(10000.0)) * np.arange(half, dtype=real) / real(half - freq_shift)
+    omega = np.exp(exponent.astype(np.float64)).astype(real)
+    omega.setflags(write=False)
+    return omega
 
 
 class TimeEmbedding:
@@ -286,8 +332,14 @@ class TimeEmbedding:
         self.options: dict[str, Any] = {"cos_first": cos_first, "freq_shift": freq_shift, "dtype": dtype}
 
     def features(self, t: Array) -> Array:
-        """What the first linear layer reads: (B,) float times to (B, channels) float64."""
+        """(B,) float times to (B, channels) float64."""
         return time_features(t - self.origin, self.channels, **self.options)
 
     def __call__(self, t: Array) -> Tensor:
-        return self.second(f.silu(self.first(Tensor(self.features(t).astype(self.store.dtype)))))
+        c, y = self.options, None
+        if self.store.dtype == np.float32:
+            omega = _frequencies(self.channels // 2, c["freq_shift"], c["dtype"])
+            y = elementwise.time_features(t, self.origin, omega, c["cos_first"])
+        if y is None:
+            y = self.features(t).astype(self.store.dtype)
+        return self.second(f.silu(self.first(Tensor(y))))

@@ -50,7 +50,7 @@ def scale_columns(x: Tensor, factor: Tensor, at: int = 0) -> Tensor:
         if factor.needs_grad:
             rows = prod(x.shape[1:-1]) * (1 if len(factor.shape) == 2 else x.shape[0])
             product = (dy * x.data).reshape(a.shape[0], rows, channels)
-            factor.receive(product.sum(axis=1, dtype=xp.float64).astype(dy.dtype).reshape(*factor.shape[:-1], channels), at=part)
+            factor.receive(product.sum(axis=1, dtype=xp.float64).astype(dy.dtype).reshape(*factor.shape[:-1], channels), at)
 
     return record(x.data * a, (x, factor), pull)
 

@@ -6,6 +6,7 @@ As in :mod:`.functions`: dy is ∂L/∂y, ``pull(dy)`` hands it on, ``push()`` m
 from typing import Any
 
 from .. import kernels
+from ..kernels import elementwise
 from ..kernels.arrays import array_module
 from . import functions, tangents
 from .autograd import Tensor, record
@@ -22,7 +23,7 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, emb: Tensor |
     channels = x.shape[-1]
     scale = shift = None
     if emb is not None:
-        scale, shift = emb.data[:, at : at + channels], emb.data[:, at + channels : at + 2 * channels]
+        scale, shift = (elementwise.channels(emb.data, i, channels) for i in (at, at + channels))
     y, mean, rstd = kernels.layer_norm(x.data, gamma.data, beta.data, eps, scale, shift)
 
     # with g = dn·γ and ⟨·⟩ the mean over a token: dx = rstd·(g − ⟨g⟩ − x̂⟨g·x̂⟩)
@@ -32,8 +33,8 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, emb: Tensor |
         beta.receive(dbeta)
         x.receive(dx)
         if emb is not None:
-            emb.receive(dscale, at=(slice(None), slice(at, at + channels)))
-            emb.receive(dshift, at=(slice(None), slice(at + channels, at + 2 * channels)))
+            emb.receive(dscale, at)
+            emb.receive(dshift, at + channels)
 
     def push() -> Tensor:
         hat = None if x.tangent is None else tangents.normalised_tangent(x, x.tangent, None, mean, rstd)
@@ -44,15 +45,14 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, emb: Tensor |
 
 def add_gated(x: Tensor, h: Tensor, emb: Tensor, at: int) -> Tensor:
     """y = x + gate·h, gate the columns at..at+C of emb (B, E); x, h (B, T, C)."""
-    part = (slice(None), slice(at, at + x.shape[-1]))
-    gate = emb.data[part]
+    gate = elementwise.channels(emb.data, at, x.shape[-1])
 
     # dx = dy, dh = gate·dy, dgate = Σ_T dy·h
     def pull(dy: Array) -> None:
         dh, dgate = kernels.add_gated_backward(dy, h.data, gate)
         x.receive(dy)
         h.receive(dh)
-        emb.receive(dgate, at=part)
+        emb.receive(dgate, at)
 
     def push() -> Tensor:
         of_h = None if h.tangent is None else tangents.scale_columns(h.tangent, emb, at)

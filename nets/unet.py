@@ -7,10 +7,11 @@ import numpy as np
 
 from . import functions as f
 from .autograd import Tensor
-from .blocks import Level, Projections, ResBlock, dropout_of
+from .blocks import Dropout, Level, Projections, ResBlock, dropout_of
 from .conditional import Conditional
 from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding
+from .plans import Plans
 from .unet_config import attention_levels, check, integers
 
 Array = Any
@@ -105,6 +106,7 @@ class UNet(Conditional):
         self.projections = Projections()
         self._assemble()
         self.params.build()
+        self.plans = Plans(self.params)
 
     def _assemble(self) -> None:
         c, store = self.config, self.params
@@ -179,13 +181,19 @@ class UNet(Conditional):
         x = check_input(x, (*self.config["image_size"], self.config["in_channels"]), self.params)
         batch = x.shape[0]
         drop = dropout_of(self, step, first_sample)
-        emb = self.time(check_times(t, batch, self.params.xp))
-        labels = self.labels(y, batch)
+        times, labels = check_times(t, batch, self.params.xp), self.labels(y, batch)
+        if drop is not None or x.needs_grad or x.tangent is not None:
+            return self._body(x, times, labels, drop)
+        inputs = (x.data, times) if labels is None else (x.data, times, labels.astype("int64", copy=False))
+        return self.plans(self._body, *inputs)
+
+    def _body(self, x: Array | Tensor, times: Array, labels: Array | None = None, drop: Dropout | None = None) -> Tensor:
+        emb = self.time(times)
         if self.label is not None:
             emb = f.add(emb, self.label(labels))
         emb = self.projection(f.silu(emb))
 
-        h = self.conv_in(x)
+        h = self.conv_in(x if isinstance(x, Tensor) else Tensor(x))
         skips = [h]
         for level in self.down:
             for res, attention in level.blocks:

@@ -46,10 +46,10 @@ def test_a_gradient_shared_by_two_inputs_is_not_written_to() -> None:
 def test_partial_gradients_add_up_before_and_after_whole_ones() -> None:
     x = leaf(2, 4)
     x.receive(np.ones((2, 4)))
-    x.receive(np.full((2, 2), 3.0), at=(slice(None), slice(1, 3)))
+    x.receive(np.full((2, 2), 3.0), at=1)
     np.testing.assert_array_equal(x.grad, [[1, 4, 4, 1]] * 2)
     z = leaf(2, 4)
-    z.receive(np.full((2, 2), 3.0), at=(slice(None), slice(1, 3)))
+    z.receive(np.full((2, 2), 3.0), at=1)
     z.receive(np.ones((2, 4)))
     np.testing.assert_array_equal(z.grad, [[1, 4, 4, 1]] * 2)
 
@@ -134,6 +134,7 @@ def test_a_pool_gives_the_same_gradients_again_without_new_memory() -> None:
             y = f.concat(f.add(x, z), f.add(z, x))
             y.backward(y.data)
             seen.append((x.grad.copy(), pool.nbytes))
+            del x, y, z
     np.testing.assert_allclose(seen[0][0], 2 * (a + b))
     for grad, size in seen[1:]:
         np.testing.assert_array_equal(grad, seen[0][0])

@@ -60,6 +60,12 @@ class Trainer:
         return self.learner.net
 
     @property
+    def work_nbytes(self) -> int:
+        """Bytes of work arrays: of the steps, and of the network's plans."""
+        plans = getattr(self.net, "plans", None)
+        return self.pool.nbytes + (0 if plans is None else plans.nbytes)
+
+    @property
     def process(self) -> Any:
         """The process whose states it reads."""
         return self.learner.process

@@ -1,5 +1,8 @@
 """The kernels in Numba: the same names and arguments as the definitions, for C-contiguous float32 arrays in host memory."""
 
+from . import threads  # noqa: F401  before any of the others: it says how many threads Numba, which they import, has
+
+# isort: split
 from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight
 from .diffusion import q_sample, step

@@ -1,8 +1,17 @@
-"""One policy for threads: how many there are, which library runs them, and that only one pool works at a time."""
+"""One policy for threads: how many there are, which library runs them, and that only one pool works at a time.
+
+- ALPHABAR_THREADS says how many, 1 to 1024; otherwise there are as many as CPUs that this process may use. More than those are
+  granted, with a warning: they take turns. Where Numba was imported before with fewer (NUMBA_NUM_THREADS), those are all.
+- Numba's OpenMP pool does the work. The BLAS libraries of NumPy and SciPy, OpenBLAS, MKL or another, are held to one thread.
+- PyTorch in the same process keeps its own threads: each pool sleeps soon after its work, so that neither slows the other when
+  they take turns, whichever is imported first. An OMP_WAIT_POLICY in the environment is left as it is.
+- The bits of results do not depend on any of this.
+"""
 
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +22,7 @@ from typing import Any
 #   keeps its partner from running (16 to 160 ms a round). Spinning for 60 microseconds avoids most of that (8.5 ms) and costs
 #   nothing on idle cores; not to spin at all costs a third there.
 SPIN = 3000
+MOST = 1024
 
 
 def available() -> int:
@@ -31,8 +41,8 @@ def wanted() -> int:
     given = os.environ.get("ALPHABAR_THREADS", "").strip()
     if not given:
         return available()
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"ALPHABAR_THREADS must be a positive integer, not {given!r}")
+    if not (given.isascii() and given.isdecimal() and 1 <= int(given[:9]) <= MOST):
+        raise ValueError(f"ALPHABAR_THREADS must be a positive integer up to {MOST}, not {given!r}")
     return int(given)
 
 
@@ -45,8 +55,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import numba  # noqa: E402
 import threadpoolctl  # noqa: E402
+from scipy.linalg import cython_blas  # noqa: E402, F401  Numba loads it at the first call: loaded now, it is limited below
 
-numba.set_num_threads(min(_wanted, numba.get_num_threads()))
+_there = numba.get_num_threads()
+if os.environ.get("ALPHABAR_THREADS", "").strip() and _wanted > min(_there, available()):
+    _why = (
+        f"Numba was loaded with {_there}" if _there < _wanted else f"this process may use {available()} CPUs, so they take turns"
+    )
+    warnings.warn(f"ALPHABAR_THREADS={_wanted}: {_why}", stacklevel=2)
+numba.set_num_threads(min(_wanted, _there))
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
 threads = numba.get_num_threads  # how many workers the next parallel loop has; read at each call

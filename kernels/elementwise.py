@@ -1,0 +1,153 @@
+"""Sums and copies between the kernels, for arrays of any library: compiled for NumPy in float32, the library's own otherwise.
+
+Unlike the kernels these check nothing: networks call them with arrays that fit. ``empty`` results come from the active pool.
+"""
+
+import importlib
+from functools import cache
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import buffers, dispatch, recording
+from .arrays import array_module
+
+Array = Any
+FEW = 1 << 14  # elements
+
+
+@cache
+def _compiled() -> ModuleType:
+    return importlib.import_module(".cpu.elementwise", __package__)
+
+
+def _fast(*arrays: Array) -> bool:
+    """Whether the compiled functions take these arrays."""
+    for a in arrays:
+        if type(a) is not np.ndarray or a.dtype != np.float32 or not a.flags.c_contiguous or not a.flags.writeable:
+            break
+    else:
+        if dispatch.chosen() == "auto":
+            return True
+    recording.refuse("arrays of no compiled elementwise function")
+    return False
+
+
+def _gains(*arrays: Array) -> bool:
+    """As :func:`_fast`, for functions that give NumPy's bits: where elements are few and nothing is recorded NumPy is faster."""
+    return (arrays[-1].size >= FEW or recording.active.get() is not None) and _fast(*arrays)
+
+
+def fill(a: Array, value: float) -> None:
+    """Set all elements to ``value``."""
+    if _gains(a):
+        _compiled().fill(a, value)
+    else:
+        a.fill(value)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, xp: Any = np) -> Array:
+    """An array of zeros."""
+    a = buffers.empty(shape, dtype, xp)
+    fill(a, 0)
+    return a
+
+
+def add(a: Array, b: Array, out: Array = None) -> Array:
+    """a + b of one shape; ``out`` may be either."""
+    xp = array_module(a)
+    if out is None:
+        out = buffers.empty(a.shape, a.dtype, xp)
+    if _gains(a, b, out):
+        _compiled().add(a, b, out)
+        return out
+    return xp.add(a, b, out=out)
+
+
+def add_columns(x: Array, at: int, out: Array) -> None:
+    """out[..., at..] += x."""
+    if _gains(x, out):
+        _compiled().add_columns(x.reshape(-1, x.shape[-1]), at, out.reshape(-1, out.shape[-1]))
+    else:
+        part = out[..., at : at + x.shape[-1]]
+        part += x
+
+
+def concat(a: Array, b: Array) -> Array:
+    """[a, b] along the last axis."""
+    n, m = a.shape[-1], b.shape[-1]
+    y = buffers.empty((*a.shape[:-1], n + m), a.dtype, array_module(a))
+    if _gains(a, b, y):
+        rows, copy = y.reshape(-1, n + m), _compiled().copy_columns
+        copy(a.reshape(-1, n), 0, rows, 0, n)
+        copy(b.reshape(-1, m), 0, rows, n, m)
+    else:
+        y[..., :n] = a
+        y[..., n:] = b
+    return y
+
+
+def channels(x: Array, at: int, count: int) -> Array:
+    """A copy of x[..., at..at+count]."""
+    y = buffers.empty((*x.shape[:-1], count), x.dtype, array_module(x))
+    if _gains(x, y):
+        _compiled().copy_columns(x.reshape(-1, x.shape[-1]), at, y.reshape(-1, count), 0, count)
+    else:
+        y[...] = x[..., at : at + count]
+    return y
+
+
+def add_channels(x: Array, emb: Array, at: int, out: Array = None) -> Array:
+    """x[b, …, c] + emb[b, at + c]; ``out`` may be x."""
+    xp, shape = array_module(x), (x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
+    if out is None:
+        out = buffers.empty(x.shape, x.dtype, xp)
+    if _gains(x, emb, out):
+        _compiled().add_channels(x.reshape(shape), emb, at, out.reshape(shape))
+    else:
+        xp.add(x.reshape(shape), emb[:, None, at : at + shape[2]], out=out.reshape(shape))
+    return out
+
+
+def sum_places(x: Array) -> Array:
+    """Σ over all axes but the first and the last."""
+    flat = x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
+    if not _fast(x):
+        return array_module(x).einsum("bpc->bc", flat)
+    shape = x.shape[0], x.shape[-1]
+    y = buffers.empty(shape, np.float32)
+    _compiled().sum_places(flat, y, buffers.empty(shape, np.float32), buffers.empty(shape, np.float64))
+    return y
+
+
+def take_rows(table: Array, index: Array) -> Array:
+    """table[index]; table (rows, E), index integers of any shape in 0..rows-1."""
+    if recording.active.get() is None or not _fast(table):  # NumPy looks at the range of the index
+        return table[index]
+    y = buffers.empty((*index.shape, table.shape[1]), np.float32)
+    _compiled().take_rows(table, np.ascontiguousarray(index, np.int64).reshape(-1), y.reshape(-1, table.shape[1]))
+    return y
+
+
+def sum_into_rows(x: Array, index: Array, rows: int) -> Array | None:
+    """(rows, E): in row r the sum of x[i] over index[i] = r, in their order. None where it is not compiled for these arrays."""
+    if not _fast(x):
+        return None
+    y = buffers.empty((rows, x.shape[-1]), np.float32)
+    _compiled().sum_into_rows(x.reshape(-1, x.shape[-1]), np.ascontiguousarray(index, np.int64).reshape(-1), y)
+    return y
+
+
+def time_features(t: Array, origin: float, omega: np.ndarray, cos_first: bool) -> Array | None:
+    """[sin(ω_i (t − origin)), cos(…)] (B, 2h) float32 for t (B,) float64 and omega (h,); t − origin and its products with ω are
+    rounded to the dtype of omega. None where it is not compiled for these arrays."""
+    if type(t) is not np.ndarray or dispatch.chosen() != "auto":
+        recording.refuse("features of the times")
+        return None
+    if t.dtype != np.float64 or not t.flags.carray:  # one number for all samples, say
+        t = t.astype(np.float64)
+    y = buffers.empty((len(t), 2 * len(omega)), np.float32)
+    _compiled().time_features(t, origin, omega, cos_first, buffers.empty(t.shape, omega.dtype), y)
+    return y
