@@ -159,6 +159,19 @@ class Emit:
         pair = self.pair(right)
         return [self.fma(x, pair[v], sums[2 * m + v]) for m, a in enumerate(left) for x in (self.broadcast(a),) for v in (0, 1)]
 
+    def turned(self, rows: list) -> list:
+        """The transpose of a square of LANES vectors."""
+        rows, side = list(rows), 1
+        while side < LANES:  # exchange the squares of this side that lie across the diagonal from each other
+            low = [LANES + j - side if j & side else j for j in range(LANES)]
+            high = [LANES + j if j & side else j + side for j in range(LANES)]
+            for i in range(LANES):
+                if not i & side:
+                    a, b = rows[i], rows[i + side]
+                    rows[i], rows[i + side] = (self.b.shuffle_vector(a, b, ir.Constant(_LANES, m)) for m in (low, high))
+            side *= 2
+        return rows
+
 
 @intrinsic
 def turn(typingctx: Any, at: Any, step: Any, to: Any) -> Any:
@@ -168,16 +181,7 @@ def turn(typingctx: Any, at: Any, step: Any, to: Any) -> Any:
         at, step, to = args
         e = Emit(builder)
         rows = [e.load(builder.add(at, builder.mul(step, _I64(i)))) for i in range(LANES)]
-        side = 1
-        while side < LANES:  # exchange the squares of this side that lie across the diagonal from each other
-            low = [LANES + j - side if j & side else j for j in range(LANES)]
-            high = [LANES + j if j & side else j + side for j in range(LANES)]
-            for i in range(LANES):
-                if not i & side:
-                    a, b = rows[i], rows[i + side]
-                    rows[i], rows[i + side] = (builder.shuffle_vector(a, b, ir.Constant(_LANES, m)) for m in (low, high))
-            side *= 2
-        for i, row in enumerate(rows):
+        for i, row in enumerate(e.turned(rows)):
             e.store(row, e.plus(to, 4 * LANES * i))
         return context.get_dummy_value()
 
