@@ -66,7 +66,7 @@ def _tiles(batch, height, width):
     return batch * -(-height // TILE) * -(-width // TILE)
 
 
-@loops
+@loops(prepares=True)
 def _factors(w, u, doubled):
     """u (points, …): at each point G w Gᵀ of taps w (3, 3, depth, channels), packed as (columns, depth, COLS)."""
     depth, channels = w.shape[2], w.shape[3]
@@ -82,7 +82,7 @@ def _factors(w, u, doubled):
                 transform_taps(at, step, to, to_step)
 
 
-@loops
+@loops(prepares=True)
 def _factors_turned(w, u, doubled, blocks, workers):
     """As :func:`_factors`, of taps w (3, 3, channels, depth) turned by half a turn and with their two channels exchanged."""
     channels, depth = w.shape[2], w.shape[3]
@@ -203,7 +203,7 @@ def convolve(x, w, bias, out, upsample=False, backward=False, shift=None, residu
     """
     depth, channels, workers = x.shape[3], out.shape[3], threads()
     columns, points = -(-channels // COLS), FEWER if upsample else POINTS
-    u = buffers.empty((points, columns * depth * COLS + _APART), np.float32)
+    u = buffers.for_weights((points, columns * depth * COLS + _APART), np.float32)
     if backward:
         _factors_turned(w, u, upsample, buffers.empty((workers, 9 * LANES * LANES), np.float32), workers)
     else:
