@@ -168,6 +168,12 @@ BIG_CONVS: tuple[Case, ...] = (
     {"shape": (32, 32, 32, 128), "kernel": 1, "cout": 64},
     {"shape": (32, 16, 16, 128), "kernel": 1, "cout": 128},
     {"shape": (32, 8, 8, 256), "kernel": 1, "cout": 128},
+    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64, "precision": "high"},
+    {"shape": (32, 8, 8, 256), "kernel": 3, "cout": 256, "precision": "high"},
+)
+FUSED_CONVS: tuple[Case, ...] = (
+    {"shape": (32, 32, 32, 64), "kernel": 3, "cout": 64, "shift": True},
+    {"shape": (32, 16, 16, 128), "kernel": 3, "cout": 128, "residual": True},
 )
 
 
@@ -394,7 +400,7 @@ _KERNELS = (
     ),
     Kernel("group_norm_silu", (), _make_norm, NORMS, BIG_NORMS, _per_element(8), _per_element(12)),
     Kernel("group_norm_silu_backward", (), _make_norm_backward, NORMS, BIG_NORMS, _per_element(12), _per_element(25)),
-    Kernel("conv2d", (), _make_conv, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
+    Kernel("conv2d", (), _make_conv, CONVS, (*BIG_CONVS, *FUSED_CONVS), _conv_moved, _conv_flops, slack=WINOGRAD),
     Kernel("conv2d_backward_input", (), _make_conv_input, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
     Kernel("conv2d_backward_weight", (), _make_conv_weight, CONVS, BIG_CONVS, _conv_moved, _conv_flops, slack=WINOGRAD),
     Kernel("attention", (), _make_attention, ATTENTIONS, BIG_ATTENTIONS, _per_element(16), _attention_flops(2)),

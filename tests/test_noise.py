@@ -176,6 +176,10 @@ def test_uniforms() -> None:
     assert u.shape == (100_001,) and 0 <= u.min() and u.max() < 1
     assert stats.kstest(u, "uniform").pvalue > 1e-4
     assert np.array_equal(counter.uniform(7, 5, 2, streams.TIMES), u[:7])
+    for place in ((5, 2**31), (2**40 + 3, 7), (2**64 - 1, 0)):  # a few are made by another way than many
+        for sample in (0, 9, 2**32 - 1):
+            many = counter.bits(100, *place, streams.TIMES, sample)
+            assert all(np.array_equal(counter.bits(n, *place, streams.TIMES, sample), many[:n]) for n in (0, 1, 2, 31, 32, 33))
     assert not np.array_equal(counter.uniform(7, 5, 3, streams.TIMES), u[:7])
 
 

@@ -1,7 +1,7 @@
-"""The forward process and the sampler's update, with their noise made on the way.
+"""The forward process and the sampler's update: one pass over memory, with their noise made on the way.
 
-Work goes by tiles of one block of normals, which stay in the first-level cache: a tile's sum is built term by term in ``acc``, so
-that any set of terms runs through one compiled function, and is written out last, so that ``out`` may be any of the operands.
+Work goes by spans of places. Noise is made for a span of one block into the first-level cache, while the operands of that span
+come in. Every operand of a place is read before anything is written there, so that ``out`` may be any of the operands.
 Operations and their order are those of the definition, each rounded once: the results are the same bits.
 """
 
@@ -9,41 +9,87 @@ import numpy as np
 from numba import prange
 
 from .. import buffers
-from ..reference import BLOCK, RUN
+from ..reference import BLOCK
 from ..streams import FORWARD, SAMPLER
-from .jit import jit, loops
-from .random import U, fill, key
-from .threads import ELEMENTS, alone_below, threads
-from .vector import F
+from .jit import Entry, jit, loops
+from .lanes import drain, held, load_first, misplaced, prefetch, spread, store_first, store_past
+from .random import fill_block, key
+from .threads import ELEMENTS, threads
+from .vector import LANES
 
 MADE, GIVEN = 1, 2
+PAST = 48 << 20  # bytes of all operands and results; what is larger is written past the caches, which saves reading it first
+LONG = 1 << 14  # places of a span without noise to make
+_LINE = 16  # floats of a cache line
+
+
+@jit(forceinline=True)
+def _put(to, j, v, count, past):
+    if past:
+        store_past(to, j, v)
+    else:
+        store_first(to, j, v, count)
 
 
 @jit
-def _forward(x_t, x0, eps, a, s):
-    for j in range(x_t.size):
-        x_t[j] = a * x0[j] + s * eps[j]
+def _call_ahead(x, start, end):
+    for j in range(start, end, _LINE):
+        prefetch(x, j)
+
+
+@jit(forceinline=True)
+def _noised(j, count, x0, eps, skip, to_eps, x_t, a, s, made, past, past_eps):
+    e = load_first(eps, j - skip, count)
+    v = a * load_first(x0, j, count) + s * e
+    if made:
+        _put(to_eps, j, e, count, past_eps)
+    _put(x_t, j, v, count, past)
+
+
+@jit
+def _noised_span(start, end, x0, eps, skip, to_eps, x_t, a, s, made, past):
+    """x_t = a·x0 + s·ε on start..end; ε begins at ``skip``, and goes to ``to_eps`` where it has just been made."""
+    j, operands = start, (x0, eps, skip, to_eps, x_t, a, s, made)
+    if past:
+        j = min(end, start + misplaced(x_t, start))
+        _noised(start, j - start, *operands, False, False)
+    past_eps = past and misplaced(to_eps, j) == 0
+    while j + LANES <= end:
+        _noised(j, LANES, *operands, past, past_eps)
+        j += LANES
+    _noised(j, end - j, *operands, False, False)
+
+
+@jit
+def _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, past, words):
+    """Spans first..last, where the ``size`` places of each sample are cut into spans of ``length``."""
+    z = np.empty(BLOCK, np.float32)
+    at_x0, at_eps, at_z, at_x_t = x0.ctypes.data, eps.ctypes.data, z.ctypes.data, x_t.ctypes.data
+    parts = (size + length - 1) // length
+    for span in range(first, last):
+        n, part = span // parts, span % parts
+        start = n * size + part * length
+        end = min(start + length, (n + 1) * size)
+        if made:
+            _call_ahead(at_x0, start, end)
+            fill_block(z, end - start, part, n, words)
+            _noised_span(start, end, at_x0, at_z, start, at_eps, at_x_t, signal[n], noise[n], True, past)
+        else:
+            _noised_span(start, end, at_x0, at_eps, 0, at_eps, at_x_t, signal[n], noise[n], False, past)
+    if past:
+        drain()
 
 
 @loops
-def _q_sample(x0, a, s, eps, x_t, made, first_sample, step, stream, k0, k1, workers):
-    batch, size = x0.shape
-    blocks = (size + BLOCK - 1) // BLOCK
-    tiles = batch * blocks
+def _noised_shared(spans, workers, size, length, x0, eps, x_t, signal, noise, made, past, words):
     for worker in prange(workers):
-        z = np.empty(BLOCK, np.float32)
-        for tile in range(tiles * worker // workers, tiles * (worker + 1) // workers):
-            n, block = tile // blocks, tile % blocks
-            start = block * BLOCK
-            count = min(BLOCK, size - start)
-            e = eps[n][start : start + count]
-            if made:
-                fill(z, count, U(block * RUN), U(first_sample + n), step, stream, k0, k1)
-                e[:] = z[:count]
-            _forward(x_t[n][start : start + count], x0[n][start : start + count], e, a[n], s[n])
+        first, last = spans * worker // workers, spans * (worker + 1) // workers
+        _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, past, words)
 
 
-@alone_below(ELEMENTS, lambda x0, *_, **__: x0.size)
+_noised_alone = Entry(_noised_spans)
+
+
 def q_sample(x0, t, signal, noise, eps=None, seed=0, step=0, stream=FORWARD, first_sample=0, out=None, eps_out=None):
     made = eps is None
     if made:
@@ -53,114 +99,131 @@ def q_sample(x0, t, signal, noise, eps=None, seed=0, step=0, stream=FORWARD, fir
         eps = eps_out
     x_t = buffers.empty(x0.shape, x0.dtype) if out is None else out
     if x0.size:
-        rows = (x0.shape[0], x0.size // x0.shape[0])
-        a, s = signal[t].astype(np.float32), noise[t].astype(np.float32)
-        words = int(first_sample), U(step), U(stream), *key(seed)
-        _q_sample(x0.reshape(rows), a, s, eps.reshape(rows), x_t.reshape(rows), made, *words, threads())
+        workers = 1 if x0.size < ELEMENTS else threads()
+        size, length = x0.size // x0.shape[0], BLOCK if made else LONG
+        spans = x0.shape[0] * -(-size // length)
+        operands = x0.reshape(-1), eps.reshape(-1), x_t.reshape(-1), signal[t].astype(np.float32), noise[t].astype(np.float32)
+        words = int(step), int(stream), int(first_sample), *key(int(seed))
+        how = size, length, *operands, made, 3 * x0.nbytes > PAST and x_t is not x0, words
+        if workers == 1:
+            _noised_alone(0, spans, *how)
+        else:
+            _noised_shared(spans, workers, *how)
     return x_t, eps
 
 
-@jit(inline="always")
-def _held(v, low, high):
-    v = low if v < low else v
-    return high if v > high else v
-
-
-@jit
-def _combine(acc, x, m, k, p, q, clip, low, high):
-    """acc = k0·x + k1·x0 + k2·m with x0 = clip(p·x + q·m)."""
-    a, b, e = k[0], k[1], k[2]
+@jit(forceinline=True)
+def _row(j, count, operands, skip, k, depth, guided, noisy, keep, clip, past, past_store):
+    """Row k at ``count`` places from j; the noise begins at ``skip``."""
+    x, m, past1, past2, past3, guidance, noise, store, out = operands
+    p, q, a, b, e, h1, h2, h3, g, c, u, w, r, low, high = k
+    xs, ms = load_first(x, j, count), load_first(m, j, count)
+    x0 = p * xs + q * ms
     if clip:
-        for j in range(acc.size):
-            acc[j] = a * x[j] + b * _held(p * x[j] + q * m[j], low, high) + e * m[j]
-    else:
-        for j in range(acc.size):
-            acc[j] = a * x[j] + b * (p * x[j] + q * m[j]) + e * m[j]
+        x0 = held(x0, spread(low), spread(high))
+    y = a * xs + b * x0 + e * ms
+    if depth > 0:
+        y = y + h1 * load_first(past1, j, count)
+    if depth > 1:
+        y = y + h2 * load_first(past2, j, count)
+    if depth > 2:
+        y = y + h3 * load_first(past3, j, count)
+    if guided:
+        y = y + g * load_first(guidance, j, count)
+    if noisy:
+        y = y + c * load_first(noise, j - skip, count)
+    if keep:
+        _put(store, j, u * xs + w * x0 + r * ms, count, past_store)
+    _put(out, j, y, count, past)
+
+
+@jit(forceinline=True)
+def _along(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past):
+    store, out = operands[7], operands[8]
+    j, how = start, (skip, k, depth, guided, noisy, keep, clip)
+    if past:
+        j = min(end, start + misplaced(out, start))
+        _row(start, j - start, operands, *how, False, False)
+    past_store = past and misplaced(store, j) == 0
+    while j + LANES <= end:
+        _row(j, LANES, operands, *how, past, past_store)
+        j += LANES
+    _row(j, end - j, operands, *how, False, False)
 
 
 @jit
-def _add(acc, h, term):
-    for j in range(acc.size):
-        acc[j] += h * term[j]
+def _span(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past):
+    """Row k on start..end. The two commonest forms have loops of their own."""
+    many = depth > 0 or guided or noisy or keep
+    if not many and not clip:
+        _along(start, end, operands, 0, k, 0, False, False, False, False, past)
+    elif not many:
+        _along(start, end, operands, 0, k, 0, False, False, False, True, past)
+    else:
+        _along(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past)
+
+
+@jit
+def _spans(first, last, size, length, operands, k, depth, guided, source, keep, clip, past, words):
+    """Spans first..last, where each ``size`` places are cut into spans of ``length``."""
+    x, m, past1, past2, past3, guidance, noise, store, out = operands
+    z = np.empty(BLOCK, np.float32)
+    at = x.ctypes.data, m.ctypes.data, past1.ctypes.data, past2.ctypes.data, past3.ctypes.data, guidance.ctypes.data
+    given = *at, noise.ctypes.data, store.ctypes.data, out.ctypes.data
+    made = *at, z.ctypes.data, store.ctypes.data, out.ctypes.data
+    parts = (size + length - 1) // length
+    for span in range(first, last):
+        n, part = span // parts, span % parts
+        start = n * size + part * length
+        end = min(start + length, (n + 1) * size)
+        if source == MADE:
+            _call_ahead(at[0], start, end)
+            _call_ahead(at[1], start, end)
+            fill_block(z, end - start, part, n, words)
+            _span(start, end, made, start, k, depth, guided, True, keep, clip, past)
+        else:
+            _span(start, end, given, 0, k, depth, guided, source == GIVEN, keep, clip, past)
+    if past:
+        drain()
 
 
 @loops
-def _step(
-    x,
-    m,
-    past1,
-    past2,
-    past3,
-    depth,
-    guidance,
-    guided,
-    noise,
-    source,
-    store,
-    keep,
-    out,
-    row,
-    clip,
-    low,
-    high,
-    first_sample,
-    i,
-    stream,
-    k0,
-    k1,
-    workers,
-):
-    batch, size = x.shape
-    blocks = (size + BLOCK - 1) // BLOCK
-    tiles = batch * blocks
+def _shared(spans, workers, size, length, operands, k, depth, guided, source, keep, clip, past, words):
     for worker in prange(workers):
-        buffer, z = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-        for tile in range(tiles * worker // workers, tiles * (worker + 1) // workers):
-            n, block = tile // blocks, tile % blocks
-            start = block * BLOCK
-            count = min(BLOCK, size - start)
-            end = start + count
-            acc, xs, ms = buffer[:count], x[n][start:end], m[n][start:end]
-            _combine(acc, xs, ms, row[2:5], row[0], row[1], clip, low, high)
-            if depth > 0:
-                _add(acc, row[5], past1[n][start:end])
-            if depth > 1:
-                _add(acc, row[6], past2[n][start:end])
-            if depth > 2:
-                _add(acc, row[7], past3[n][start:end])
-            if guided:
-                _add(acc, row[8], guidance[n][start:end])
-            if source == MADE:
-                fill(z, count, U(block * RUN), U(first_sample + n), i, stream, k0, k1)
-                _add(acc, row[9], z)
-            elif source == GIVEN:
-                _add(acc, row[9], noise[n][start:end])
-            if keep:
-                _combine(z[:count], xs, ms, row[10:13], row[0], row[1], clip, low, high)
-                store[n][start:end] = z[:count]
-            out[n][start:end] = acc
+        first, last = spans * worker // workers, spans * (worker + 1) // workers
+        _spans(first, last, size, length, operands, k, depth, guided, source, keep, clip, past, words)
 
 
-@alone_below(ELEMENTS, lambda x, *_, **__: x.size)
+_alone = Entry(_spans)
+
+
 def step(
     x, m, rows, i, history=(), guidance=None, noise=None, clip=None, seed=0, stream=SAMPLER, first_sample=0, out=None, store=None
 ):
     if out is None:
         out = buffers.empty(x.shape, x.dtype)
-    if not x.size:
+    places, depth, source = x.size, len(history), MADE if noise is True else 0 if noise is None else GIVEN
+    if not places:
         return out
-    shape = (x.shape[0], x.size // x.shape[0]) if noise is True else (1, x.size)
-    flat = x.reshape(shape)
-
-    def of(a):
-        return flat if a is None else a.reshape(shape)
-
-    past = [*map(of, history), flat, flat, flat]
-    source = MADE if noise is True else 0 if noise is None else GIVEN
-    low, high = (F(0), F(0)) if clip is None else (F(clip[0]), F(clip[1]))
-    added = of(guidance), guidance is not None, of(noise if source == GIVEN else None), source
-    written = of(store), store is not None, of(out)
-    numbers = rows[i].astype(np.float32), clip is not None, low, high
-    words = int(first_sample), U(i), U(stream), *key(seed)
-    _step(flat, of(m), *past[:3], len(history), *added, *written, *numbers, *words, threads())
+    flat = x.reshape(-1)
+    past1 = history[0].reshape(-1) if depth > 0 else flat
+    past2 = history[1].reshape(-1) if depth > 1 else flat
+    past3 = history[2].reshape(-1) if depth > 2 else flat
+    guided = flat if guidance is None else guidance.reshape(-1)
+    given = noise.reshape(-1) if source == GIVEN else flat
+    kept = flat if store is None else store.reshape(-1)
+    operands = flat, m.reshape(-1), past1, past2, past3, guided, given, kept, out.reshape(-1)
+    arrays = 3 + depth + (guided is not flat) + (given is not flat) + (kept is not flat)
+    past = arrays * x.nbytes > PAST and out is not x
+    low, high = (0.0, 0.0) if clip is None else clip
+    k = *rows[i].tolist(), float(low), float(high)
+    words = int(i), int(stream), int(first_sample), *key(int(seed))
+    how = operands, k, depth, guidance is not None, source, store is not None, clip is not None, past, words
+    workers = 1 if places < ELEMENTS else threads()
+    size, length = (places // x.shape[0], BLOCK) if source == MADE else (places, -(-places // (_LINE * workers)) * _LINE)
+    spans = places // size * -(-size // length)
+    if workers == 1:
+        _alone(0, spans, size, length, *how)
+    else:
+        _shared(spans, workers, size, length, *how)
     return out

@@ -50,7 +50,7 @@ def _uniform(r):
 def _words(w, size, samples, block, first, step, stream, k0, k1):
     """The words of a tile: ``size`` elements of each of ``samples`` samples, of the block ``block`` of each."""
     for n in range(samples):
-        fill_words(w[n * size :], size, U(block * RUN), U(first + n), step, stream, k0, k1)
+        fill_words(w[n * size :], size, U(block * RUN), U(first + n), U(step), U(stream), U(k0), U(k1))
 
 
 @jit(inline="always")
@@ -237,7 +237,7 @@ def _posterior(out, logits, x_t, row, mask, size, group, first_sample, step, str
                     to[i] = found
 
 
-def _effort(logits, x_t, rows, index, mask=-1, **_):
+def _effort(logits, x_t, rows, index, mask=-1, *_, **__):
     """Of an absorbing law only what leaves the mask is weighed."""
     c, d = float(rows[index, 2]), float(rows[index, 3])
     share = c / (c + d) if mask >= 0 and c + d > 0 else 1.0

@@ -1,218 +1,440 @@
-"""GroupNorm with scale, shift and SiLU, one sample per task: a sample is read twice while it stays in the cache.
+"""GroupNorm with scale, shift and SiLU: two passes over each sample, which stays in the cache between them.
 
-Sums are kept for each channel and folded into groups; eight rows go into them at a time, so that the sums are loaded and stored
-once for eight rows. Sums over the batch are added in the order of the samples, whatever the number of threads. Rows of a work
-array are taken by index: unpacking it (``a, b = w``) keeps the compiler from vectorising what follows.
+A sample is cut into chunks of _RUN rows. Sums over a chunk are kept per channel in float32; chunks, then samples,
+are added in their order in float64, whatever the number of threads. Many samples are shared out whole; of few, the chunks are:
+first all are summed, then all are written.
 """
+
+from math import prod
 
 import numpy as np
 from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
+from .lanes import exp, fma, load_first, spread, store_first
 from .threads import ELEMENTS, alone_below, threads
-from .vector import F, sigmoid
+from .vector import LANES, F
 
-_ROWS = 8
-_RUN = 128  # rows summed in float32 before they go into a float64 sum
-_FAST = {"contract", "nsz", "arcp"}
+_RUN = 128
 
 
-@jit(fastmath=_FAST)
-def _moments(x, pivot, s, q):
-    """s, q = Σ (x − pivot), Σ (x − pivot)² over the rows, per channel."""
-    rows, channels = x.shape
-    s[:] = F(0)
-    q[:] = F(0)
-    whole = rows - rows % _ROWS
-    for p in range(0, whole, _ROWS):
-        x0, x1, x2, x3, x4, x5, x6, x7 = x[p], x[p + 1], x[p + 2], x[p + 3], x[p + 4], x[p + 5], x[p + 6], x[p + 7]
-        for c in range(channels):
-            k = pivot[c]
-            v0, v1, v2, v3 = x0[c] - k, x1[c] - k, x2[c] - k, x3[c] - k
-            v4, v5, v6, v7 = x4[c] - k, x5[c] - k, x6[c] - k, x7[c] - k
-            s[c] += ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))
-            q[c] += ((v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3)) + ((v4 * v4 + v5 * v5) + (v6 * v6 + v7 * v7))
-    for p in range(whole, rows):
-        row = x[p]
-        for c in range(channels):
-            v = row[c] - pivot[c]
-            s[c] += v
-            q[c] += v * v
+@jit(forceinline=True)
+def _moments_of(x, i, step, pivot, sums, channels, c, count):
+    k = load_first(pivot, c, count)
+    a, b = load_first(x, i, count) - k, load_first(x, i + step, count) - k
+    d, e = load_first(x, i + 2 * step, count) - k, load_first(x, i + 3 * step, count) - k
+    s, q = (a + b) + (d + e), fma(a, a, b * b) + fma(d, d, e * e)
+    store_first(sums, c, load_first(sums, c, count) + s, count)
+    store_first(sums, channels + c, load_first(sums, channels + c, count) + q, count)
 
 
-@jit(fastmath=_FAST)
-def _apply(y, x, mean, factor, offset, silu):
+@jit(forceinline=True)
+def _moment_of(x, i, pivot, sums, channels, c, count):
+    a = load_first(x, i, count) - load_first(pivot, c, count)
+    store_first(sums, c, load_first(sums, c, count) + a, count)
+    store_first(sums, channels + c, fma(a, a, load_first(sums, channels + c, count)), count)
+
+
+@jit
+def _moments(x, rows, channels, pivot, sums):
+    """sums += Σ (x − pivot), Σ (x − pivot)² over the rows, per channel."""
+    whole, rest = channels - channels % LANES, channels % LANES
+    for p in range(0, rows - 3, 4):
+        i = p * channels
+        for c in range(0, whole, LANES):
+            _moments_of(x, i + c, channels, pivot, sums, channels, c, LANES)
+        if rest:
+            _moments_of(x, i + whole, channels, pivot, sums, channels, whole, rest)
+    for p in range(rows - rows % 4, rows):
+        i = p * channels
+        for c in range(0, whole, LANES):
+            _moment_of(x, i + c, pivot, sums, channels, c, LANES)
+        if rest:
+            _moment_of(x, i + whole, pivot, sums, channels, whole, rest)
+
+
+@jit(forceinline=True)
+def _apply_to(x, y, i, mean, factor, offset, silu, c, count):
+    m, f, o = load_first(mean, c, count), load_first(factor, c, count), load_first(offset, c, count)
+    v = fma(load_first(x, i, count) - m, f, o)
+    if silu:
+        v = v / (exp(F(0) - v) + F(1))
+    store_first(y, i, v, count)
+
+
+@jit
+def _apply(x, y, rows, channels, mean, factor, offset, silu):
     """y = act((x − mean)·factor + offset) per channel."""
-    rows, channels = x.shape
+    whole, rest = channels - channels % LANES, channels % LANES
     for p in range(rows):
-        xs, ys = x[p], y[p]
-        if silu:
-            for c in range(channels):
-                v = (xs[c] - mean[c]) * factor[c] + offset[c]
-                ys[c] = v * sigmoid(v)
+        i = p * channels
+        for c in range(0, whole, LANES):
+            _apply_to(x, y, i + c, mean, factor, offset, silu, c, LANES)
+        if rest:
+            _apply_to(x, y, i + whole, mean, factor, offset, silu, whole, rest)
+
+
+@jit
+def _pivots(x, groups, pivot):
+    """A value of each group, about which its moments are taken."""
+    size = pivot.size // groups
+    for g in range(groups):
+        pivot[g * size : (g + 1) * size] = x[0, g * size]
+
+
+@jit
+def _sum_chunk(x, chunk, pivot, part):
+    rows, channels = min(_RUN, x.shape[0] - chunk * _RUN), x.shape[1]
+    part[:] = 0
+    _moments(x.ctypes.data + 4 * chunk * _RUN * channels, rows, channels, pivot.ctypes.data, part.ctypes.data)
+
+
+@jit
+def _write_chunk(x, y, chunk, lines, silu):
+    rows, channels = min(_RUN, x.shape[0] - chunk * _RUN), x.shape[1]
+    at, start = lines.ctypes.data, 4 * chunk * _RUN * channels
+    mean, factor, offset = at, at + 4 * channels, at + 8 * channels
+    _apply(x.ctypes.data + start, y.ctypes.data + start, rows, channels, mean, factor, offset, silu)
+
+
+@jit
+def _add_up(parts, total):
+    """total = Σ of the sums of chunks or samples, in their order, in float64."""
+    for i in range(2):
+        to = total[i]
+        to[:] = 0
+        for chunk in range(parts.shape[0]):
+            part = parts[chunk, i]
+            for c in range(to.size):
+                to[c] += part[c]
+
+
+@jit
+def _statistics(parts, rows, gamma, beta, groups, eps, n, scale, shift, modulated, mean, rstd, lines):
+    """From the chunks' sums: mean and rstd of each group, and for each channel mean, factor and offset. ``lines[0]``: pivots."""
+    channels = gamma.size
+    size = channels // groups
+    total = np.empty((2, channels))
+    _add_up(parts, total)
+    for g in range(groups):
+        a = b = 0.0
+        for c in range(g * size, (g + 1) * size):
+            a += total[0, c]
+            b += total[1, c]
+        a /= rows * size
+        variance = max(b / (rows * size) - a * a, 0.0)
+        r, centre = 1 / np.sqrt(variance + eps), lines[0, g * size] + a
+        mean[g], rstd[g] = centre, r
+        for c in range(g * size, (g + 1) * size):
+            lines[0, c], lines[1, c] = centre, r
+    factor, offset = lines[1], lines[2]
+    if modulated:
+        for c in range(channels):
+            one_plus = F(1) + scale[n, c]
+            factor[c], offset[c] = factor[c] * gamma[c] * one_plus, beta[c] * one_plus + shift[n, c]
+    else:
+        for c in range(channels):
+            factor[c], offset[c] = factor[c] * gamma[c], beta[c]
+
+
+@jit
+def _forward_tasks(
+    first, last, whole, stage, x, gamma, beta, groups, eps, scale, shift, modulated, silu, y, mean, rstd, lines, parts
+):
+    """Both stages of whole samples, or one stage of a chunk each."""
+    chunks = parts.shape[1]
+    for task in range(first, last):
+        n, start, end = (task, 0, chunks) if whole else (task // chunks, task % chunks, task % chunks + 1)
+        if whole:
+            _pivots(x[n], groups, lines[n, 0])
+        if stage == 0:
+            for chunk in range(start, end):
+                _sum_chunk(x[n], chunk, lines[n, 0], parts[n, chunk])
+        if whole:
+            _statistics(parts[n], x.shape[1], gamma, beta, groups, eps, n, scale, shift, modulated, mean[n], rstd[n], lines[n])
+        if whole or stage == 1:
+            for chunk in range(start, end):
+                _write_chunk(x[n], y[n], chunk, lines[n], silu)
+
+
+@jit
+def _forward_between(stage, x, gamma, beta, groups, eps, scale, shift, modulated, mean, rstd, lines, parts):
+    """What comes before a stage of the chunks of all samples."""
+    for n in range(x.shape[0]):
+        if stage == 0:
+            _pivots(x[n], groups, lines[n, 0])
         else:
-            for c in range(channels):
-                ys[c] = (xs[c] - mean[c]) * factor[c] + offset[c]
+            _statistics(parts[n], x.shape[1], gamma, beta, groups, eps, n, scale, shift, modulated, mean[n], rstd[n], lines[n])
 
 
 @loops
-def _forward(x, gamma, beta, groups, eps, scale, shift, modulated, silu, y, mean, rstd, work, sums, workers):
-    batch, rows, channels = x.shape
-    size = channels // groups
-    for worker in prange(workers):
-        w = work[worker]
-        pivot, s, q, factor, offset = w[0], w[1], w[2], w[3], w[4]
-        total, square = sums[worker, 0], sums[worker, 1]
-        for n in range(batch * worker // workers, batch * (worker + 1) // workers):
-            xs = x[n]
-            total[:] = 0
-            square[:] = 0
-            for c in range(channels):
-                pivot[c] = xs[0, c - c % size]
-            for p in range(0, rows, _RUN):
-                _moments(xs[p : p + _RUN], pivot, s, q)
-                for c in range(channels):
-                    total[c] += s[c]
-                    square[c] += q[c]
-            for g in range(groups):
-                a = b = 0.0
-                for c in range(g * size, (g + 1) * size):
-                    a += total[c]
-                    b += square[c]
-                a /= rows * size
-                variance = max(b / (rows * size) - a * a, 0.0)
-                r, centre = 1 / np.sqrt(variance + eps), pivot[g * size] + a
-                mean[n, g], rstd[n, g] = centre, r
-                for c in range(g * size, (g + 1) * size):
-                    k, o = r * gamma[c], beta[c]
-                    if modulated:
-                        k, o = k * (F(1) + scale[n, c]), o * (F(1) + scale[n, c]) + shift[n, c]
-                    pivot[c], factor[c], offset[c] = centre, k, o
-            _apply(y[n], xs, pivot, factor, offset, silu)
+def _forward(x, gamma, beta, groups, eps, scale, shift, modulated, silu, y, mean, rstd, lines, parts, whole, tasks, workers):
+    for stage in range(1 if whole else 2):
+        if not whole:
+            _forward_between(stage, x, gamma, beta, groups, eps, scale, shift, modulated, mean, rstd, lines, parts)
+        for worker in prange(workers):
+            first, last = tasks * worker // workers, tasks * (worker + 1) // workers
+            given = x, gamma, beta, groups, eps, scale, shift, modulated, silu
+            _forward_tasks(first, last, whole, stage, *given, y, mean, rstd, lines, parts)
+
+
+def _shares(batch, chunks, workers):
+    """(whether the workers share out samples and not their chunks, how many of them, workers)."""
+    whole = batch % workers == 0 or batch >= 4 * workers or chunks == 1
+    return whole, batch if whole else batch * chunks, workers
 
 
 @alone_below(ELEMENTS, lambda x, *_, **__: x.size)
 def group_norm_silu(x, gamma, beta, groups, eps=1e-5, scale=None, shift=None, silu=True, out=None):
-    batch, channels, workers = x.shape[0], x.shape[-1], threads()
+    batch, channels = x.shape[0], x.shape[-1]
     y = buffers.empty(x.shape, x.dtype) if out is None else out
-    mean, rstd = buffers.empty((batch, groups), x.dtype), buffers.empty((batch, groups), x.dtype)
+    mean, rstd = buffers.empty((2, batch, groups), x.dtype)
     if not x.size:
         mean[...], rstd[...] = np.nan, np.nan
         return y, mean, rstd
-    work = buffers.empty((workers, 5, channels), np.float32)
-    sums = buffers.empty((workers, 2, channels), np.float64)
+    flat = batch, x.size // (batch * channels), channels
+    lines = buffers.empty((batch, 3, channels), np.float32)
+    parts = buffers.empty((batch, -(-flat[1] // _RUN), 2, channels), np.float32)
     extra = (scale, shift, True) if scale is not None else (mean, mean, False)
-    flat = (batch, -1, channels)
-    made = y.reshape(flat), mean, rstd
-    _forward(x.reshape(flat), gamma, beta, groups, float(eps), *extra, silu, *made, work, sums, workers)
+    made = y.reshape(flat), mean, rstd, lines, parts
+    _forward(x.reshape(flat), gamma, beta, groups, float(eps), *extra, silu, *made, *_shares(*parts.shape[:2], threads()))
     return y, mean, rstd
 
 
-@jit(fastmath=_FAST)
-def _slopes(dv, dy, x, mean, factor, offset, s, q, silu):
-    """dv = dy·act'(v) with v = (x − mean)·factor + offset, and per channel s = Σ dv, q = Σ dv·(x − mean)."""
-    rows, channels = x.shape
-    s[:] = F(0)
-    q[:] = F(0)
-    for p in range(rows):
-        xs, ys, to = x[p], dy[p], dv[p]
-        if silu:
-            for c in range(channels):
-                v = (xs[c] - mean[c]) * factor[c] + offset[c]
-                sig = sigmoid(v)
-                to[c] = ys[c] * (sig * (F(1) + v * (F(1) - sig)))
+@jit(forceinline=True)
+def _slope(dx, dy, x, i, count, m, f, o, silu):
+    """dv, which goes to dx, and x − mean."""
+    h, d = load_first(x, i, count) - m, load_first(dy, i, count)
+    if silu:
+        v = fma(h, f, o)
+        sig = spread(F(1)) / (exp(F(0) - v) + F(1))
+        d = d * (sig * fma(v, F(1) - sig, spread(F(1))))
+    store_first(dx, i, d, count)
+    return d, h
+
+
+@jit(forceinline=True)
+def _slopes_of(dx, dy, x, i, step, two, mean, factor, offset, silu, sums, channels, c, count):
+    m, f, o = load_first(mean, c, count), load_first(factor, c, count), load_first(offset, c, count)
+    s, h = _slope(dx, dy, x, i, count, m, f, o, silu)
+    q = s * h
+    if two:
+        d, h = _slope(dx, dy, x, i + step, count, m, f, o, silu)
+        s, q = s + d, fma(d, h, q)
+    store_first(sums, c, load_first(sums, c, count) + s, count)
+    store_first(sums, channels + c, load_first(sums, channels + c, count) + q, count)
+
+
+@jit
+def _slopes(dx, dy, x, rows, channels, mean, factor, offset, silu, sums):
+    """dx = dv, and sums += Σ dv, Σ dv·(x − mean) over the rows, per channel."""
+    whole, rest = channels - channels % LANES, channels % LANES
+    for p in range(0, rows, 2):
+        i, two = p * channels, p + 1 < rows
+        if two:
+            for c in range(0, whole, LANES):
+                _slopes_of(dx, dy, x, i + c, channels, True, mean, factor, offset, silu, sums, channels, c, LANES)
         else:
-            for c in range(channels):
-                to[c] = ys[c]
-    whole = rows - rows % 4
-    for p in range(0, whole, 4):
-        x0, x1, x2, x3, d0, d1, d2, d3 = x[p], x[p + 1], x[p + 2], x[p + 3], dv[p], dv[p + 1], dv[p + 2], dv[p + 3]
-        for c in range(channels):
-            k = mean[c]
-            s[c] += (d0[c] + d1[c]) + (d2[c] + d3[c])
-            q[c] += (d0[c] * (x0[c] - k) + d1[c] * (x1[c] - k)) + (d2[c] * (x2[c] - k) + d3[c] * (x3[c] - k))
-    for p in range(whole, rows):
-        xs, ds = x[p], dv[p]
-        for c in range(channels):
-            s[c] += ds[c]
-            q[c] += ds[c] * (xs[c] - mean[c])
+            for c in range(0, whole, LANES):
+                _slopes_of(dx, dy, x, i + c, channels, False, mean, factor, offset, silu, sums, channels, c, LANES)
+        if rest:
+            _slopes_of(dx, dy, x, i + whole, channels, two, mean, factor, offset, silu, sums, channels, whole, rest)
 
 
-@jit(fastmath=_FAST)
-def _combine(dx, x, mean, a, b, c0):
-    """dx = a·dx + b·(x − mean) + c0 per channel."""
-    for p in range(x.shape[0]):
-        xs, to = x[p], dx[p]
-        for c in range(x.shape[1]):
-            to[c] = a[c] * to[c] + (b[c] * (xs[c] - mean[c]) + c0[c])
+@jit(forceinline=True)
+def _combine_of(dx, x, i, mean, factor, b, c0, c, count):
+    h = load_first(x, i, count) - load_first(mean, c, count)
+    rest = fma(load_first(b, c, count), h, load_first(c0, c, count))
+    store_first(dx, i, fma(load_first(factor, c, count), load_first(dx, i, count), rest), count)
+
+
+@jit
+def _combine(dx, x, rows, channels, mean, factor, b, c0):
+    """dx = factor·dx + b·(x − mean) + c0 per channel."""
+    whole, rest = channels - channels % LANES, channels % LANES
+    for p in range(rows):
+        i = p * channels
+        for c in range(0, whole, LANES):
+            _combine_of(dx, x, i + c, mean, factor, b, c0, c, LANES)
+        if rest:
+            _combine_of(dx, x, i + whole, mean, factor, b, c0, whole, rest)
+
+
+@jit
+def _lines(gamma, beta, groups, mean, rstd, n, scale, shift, modulated, lines):
+    """For each channel its mean, factor, offset, and the factor without rstd."""
+    channels = gamma.size
+    size = channels // groups
+    for g in range(groups):
+        for c in range(g * size, (g + 1) * size):
+            lines[0, c], lines[1, c] = mean[g], rstd[g]
+    factor, offset, by = lines[1], lines[2], lines[3]
+    for c in range(channels):
+        by[c], offset[c] = gamma[c], beta[c]
+    if modulated:
+        for c in range(channels):
+            one_plus = F(1) + scale[n, c]
+            by[c], offset[c] = by[c] * one_plus, offset[c] * one_plus + shift[n, c]
+    for c in range(channels):
+        factor[c] *= by[c]
+
+
+@jit
+def _slopes_chunk(dx, dy, x, chunk, lines, silu, part):
+    rows, channels = min(_RUN, x.shape[0] - chunk * _RUN), x.shape[1]
+    at, start = lines.ctypes.data, 4 * chunk * _RUN * channels
+    part[:] = 0
+    of = dx.ctypes.data + start, dy.ctypes.data + start, x.ctypes.data + start
+    _slopes(*of, rows, channels, at, at + 4 * channels, at + 8 * channels, silu, part.ctypes.data)
+
+
+@jit
+def _combine_chunk(dx, x, chunk, lines):
+    rows, channels = min(_RUN, x.shape[0] - chunk * _RUN), x.shape[1]
+    at, start, line = lines.ctypes.data, 4 * chunk * _RUN * channels, 4 * channels
+    of = dx.ctypes.data + start, x.ctypes.data + start
+    _combine(*of, rows, channels, at, at + line, at + 4 * line, at + 5 * line)
+
+
+@jit
+def _projections(parts, rows, gamma, beta, groups, rstd, n, scale, modulated, dscale, dshift, lines, total):
+    """From the chunks' sums, in ``total``: Σ dn and Σ dn·x̂ per channel; and the two lines of :func:`_combine`."""
+    channels = gamma.size
+    size = channels // groups
+    _add_up(parts, total)
+    for g in range(groups):
+        r = np.float64(rstd[g])
+        g_mean = gh_mean = 0.0
+        for c in range(g * size, (g + 1) * size):
+            total[1, c] *= r
+            g_mean += total[0, c] * lines[3, c]
+            gh_mean += total[1, c] * lines[3, c]
+        g_mean /= rows * size
+        gh_mean /= rows * size
+        for c in range(g * size, (g + 1) * size):
+            lines[4, c], lines[5, c] = -r * r * gh_mean, -r * g_mean
+    if modulated:
+        for c in range(channels):
+            dshift[n, c] = total[0, c]
+            dscale[n, c] = total[1, c] * gamma[c] + total[0, c] * beta[c]
+            total[0, c] *= F(1) + scale[n, c]
+            total[1, c] *= F(1) + scale[n, c]
+
+
+@jit
+def _backward_tasks(
+    first,
+    last,
+    whole,
+    stage,
+    dy,
+    x,
+    gamma,
+    beta,
+    groups,
+    mean,
+    rstd,
+    scale,
+    shift,
+    modulated,
+    silu,
+    dx,
+    dscale,
+    dshift,
+    lines,
+    parts,
+    totals,
+):
+    """Both stages of whole samples, or one stage of a chunk each."""
+    chunks = parts.shape[1]
+    for task in range(first, last):
+        n, start, end = (task, 0, chunks) if whole else (task // chunks, task % chunks, task % chunks + 1)
+        if whole:
+            _lines(gamma, beta, groups, mean[n], rstd[n], n, scale, shift, modulated, lines[n])
+        if stage == 0:
+            for chunk in range(start, end):
+                _slopes_chunk(dx[n], dy[n], x[n], chunk, lines[n], silu, parts[n, chunk])
+        if whole:
+            extra = n, scale, modulated, dscale, dshift
+            _projections(parts[n], x.shape[1], gamma, beta, groups, rstd[n], *extra, lines[n], totals[n])
+        if whole or stage == 1:
+            for chunk in range(start, end):
+                _combine_chunk(dx[n], x[n], chunk, lines[n])
+
+
+@jit
+def _backward_between(
+    stage, gamma, beta, groups, rows, mean, rstd, scale, shift, modulated, dscale, dshift, lines, parts, totals
+):
+    """What comes before a stage of the chunks of all samples."""
+    for n in range(parts.shape[0]):
+        if stage == 0:
+            _lines(gamma, beta, groups, mean[n], rstd[n], n, scale, shift, modulated, lines[n])
+        else:
+            extra = n, scale, modulated, dscale, dshift
+            _projections(parts[n], rows, gamma, beta, groups, rstd[n], *extra, lines[n], totals[n])
+
+
+@jit
+def _sum_samples(totals, dgamma, dbeta):
+    total = np.empty(totals.shape[1:])
+    _add_up(totals, total)
+    dbeta[:] = total[0]
+    dgamma[:] = total[1]
 
 
 @loops
 def _backward(
-    dy, x, gamma, beta, groups, mean, rstd, scale, shift, modulated, silu, dx, dgamma, dbeta, dscale, dshift, work, parts, workers
+    dy,
+    x,
+    gamma,
+    beta,
+    groups,
+    mean,
+    rstd,
+    scale,
+    shift,
+    modulated,
+    silu,
+    dx,
+    dgamma,
+    dbeta,
+    dscale,
+    dshift,
+    lines,
+    parts,
+    totals,
+    whole,
+    tasks,
+    workers,
 ):
-    batch, rows, channels = x.shape
-    size = channels // groups
-    for worker in prange(workers):
-        w = work[worker]
-        centre, factor, offset, by, s, q, b, c0 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-        for n in range(batch * worker // workers, batch * (worker + 1) // workers):
-            xs, to = x[n], dx[n]
-            total, product = parts[n, 0], parts[n, 1]
-            total[:] = 0
-            product[:] = 0
-            for c in range(channels):
-                one_plus, extra = (F(1) + scale[n, c], shift[n, c]) if modulated else (F(1), F(0))
-                centre[c] = mean[n, c // size]
-                by[c] = gamma[c] * one_plus
-                factor[c] = rstd[n, c // size] * by[c]
-                offset[c] = beta[c] * one_plus + extra
-            for p in range(0, rows, _RUN):
-                _slopes(to[p : p + _RUN], dy[n][p : p + _RUN], xs[p : p + _RUN], centre, factor, offset, s, q, silu)
-                for c in range(channels):
-                    total[c] += s[c]
-                    product[c] += q[c]
-            for g in range(groups):
-                r = rstd[n, g]
-                g_mean = gh_mean = 0.0
-                for c in range(g * size, (g + 1) * size):
-                    product[c] *= r
-                    g_mean += total[c] * by[c]
-                    gh_mean += product[c] * by[c]
-                g_mean /= rows * size
-                gh_mean /= rows * size
-                for c in range(g * size, (g + 1) * size):
-                    b[c], c0[c] = -r * r * gh_mean, -r * g_mean
-            _combine(to, xs, centre, factor, b, c0)
-            if modulated:
-                for c in range(channels):
-                    dshift[n, c] = total[c]
-                    dscale[n, c] = product[c] * gamma[c] + total[c] * beta[c]
-                    total[c] *= F(1) + scale[n, c]
-                    product[c] *= F(1) + scale[n, c]
-    for c in range(channels):
-        total_c = product_c = 0.0
-        for n in range(batch):
-            total_c += parts[n, 0, c]
-            product_c += parts[n, 1, c]
-        dbeta[c], dgamma[c] = total_c, product_c
+    for stage in range(1 if whole else 2):
+        if not whole:
+            given = gamma, beta, groups, x.shape[1], mean, rstd, scale, shift, modulated
+            _backward_between(stage, *given, dscale, dshift, lines, parts, totals)
+        for worker in prange(workers):
+            first, last = tasks * worker // workers, tasks * (worker + 1) // workers
+            of = dy, x, gamma, beta, groups, mean, rstd, scale, shift, modulated, silu
+            _backward_tasks(first, last, whole, stage, *of, dx, dscale, dshift, lines, parts, totals)
+    _sum_samples(totals, dgamma, dbeta)
 
 
 @alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
 def group_norm_silu_backward(dy, x, gamma, beta, groups, mean, rstd, scale=None, shift=None, silu=True, out=None):
-    batch, channels, workers = x.shape[0], x.shape[-1], threads()
+    batch, channels = x.shape[0], x.shape[-1]
     dx = buffers.empty(x.shape, x.dtype) if out is None else out
-    dgamma, dbeta = buffers.empty((channels,), x.dtype), buffers.empty((channels,), x.dtype)
+    dgamma, dbeta = buffers.empty((2, channels), x.dtype)
     dscale = dshift = None
     modulated = scale is not None
     if modulated:
-        dscale, dshift = buffers.empty((batch, channels), x.dtype), buffers.empty((batch, channels), x.dtype)
-    work = buffers.empty((workers, 8, channels), np.float32)
-    parts = buffers.empty((batch, 2, channels), np.float64)
-    flat = (batch, int(np.prod(x.shape[1:-1])), channels)
+        dscale, dshift = buffers.empty((2, batch, channels), x.dtype)
+    flat = batch, prod(x.shape[1:-1]), channels
+    lines = buffers.empty((batch, 6, channels), np.float32)
+    parts = buffers.empty((batch, -(-flat[1] // _RUN), 2, channels), np.float32)
+    totals = buffers.empty((batch, 2, channels), np.float64)
     given = dy.reshape(flat), x.reshape(flat), gamma, beta, groups, mean, rstd
     extra = (scale, shift, True) if modulated else (mean, mean, False)
     made = dx.reshape(flat), dgamma, dbeta, *((dscale, dshift) if modulated else (mean, mean))
-    _backward(*given, *extra, silu, *made, work, parts, workers)
+    _backward(*given, *extra, silu, *made, lines, parts, totals, *_shares(*parts.shape[:2], threads()))
     return dx, dgamma, dbeta, dscale, dshift

@@ -8,23 +8,24 @@ from numba import prange
 
 from ..reference import BLOCK, RUN
 from ..streams import SAMPLER
-from .jit import jit, loops
-from .threads import ELEMENTS, alone_below, threads
+from .jit import Entry, jit, loops
+from .threads import ELEMENTS, threads
 from .vector import F, bits_of, float_of
 
-U = np.uint32
+U, W = np.uint32, np.uint64
 S = np.int32
-_M0, _M1, _32 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57), np.uint64(32)
+_M0, _M1, _32, _LOW = W(0xD2511F53), W(0xCD9E8D57), W(32), W(0xFFFFFFFF)
 _W0, _W1 = U(0x9E3779B9), U(0xBB67AE85)
 
 
 @jit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
+    """Four words, each in the low half of 64 bits: what a product leaves in the high half is never cleared, only ignored."""
     for _ in range(10):
-        p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
-        c0, c1, c2, c3 = U(U(p1 >> _32) ^ c1 ^ k0), U(p1), U(U(p0 >> _32) ^ c3 ^ k1), U(p0)
+        p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ W(k0), p1, (p0 >> _32) ^ c3 ^ W(k1), p0
         k0, k1 = U(k0 + _W0), U(k1 + _W1)
-    return c0, c1, c2, c3
+    return U(c0), U(c1), U(c2), U(c3)
 
 
 @jit(inline="always")
@@ -71,70 +72,86 @@ def _cos_sin(r):
 @jit
 def fill(z, size, first, sample, step, stream, k0, k1):
     """The first ``size`` normals of the block whose first counter is ``first``, into ``z``, which has room for whole runs."""
+    c0, c1, c2, c3 = W(first), W(sample), W(step), W(stream)
     if size <= RUN:
         for j in range(size):
-            r0, r1, r2, r3 = _philox(U(first + U(j)), sample, step, stream, k0, k1)
+            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
             x, y = _cos_sin(r1)
             z[j] = _radius(r0) * x
     elif size <= 2 * RUN:
+        z0, z1 = z[:RUN], z[RUN : 2 * RUN]
         for j in range(RUN):
-            r0, r1, r2, r3 = _philox(U(first + U(j)), sample, step, stream, k0, k1)
+            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
             a = _radius(r0)
             x, y = _cos_sin(r1)
-            z[j] = a * x
-            z[RUN + j] = a * y
+            z0[j], z1[j] = a * x, a * y
     else:
+        z0, z1, z2, z3 = z[:RUN], z[RUN : 2 * RUN], z[2 * RUN : 3 * RUN], z[3 * RUN : BLOCK]
         for j in range(RUN):
-            r0, r1, r2, r3 = _philox(U(first + U(j)), sample, step, stream, k0, k1)
+            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
             a, d = _radius(r0), _radius(r2)
             x, y = _cos_sin(r1)
             p, q = _cos_sin(r3)
-            z[j] = a * x
-            z[RUN + j] = a * y
-            z[2 * RUN + j] = d * p
-            z[3 * RUN + j] = d * q
+            z0[j], z1[j], z2[j], z3[j] = a * x, a * y, d * p, d * q
 
 
 @jit
 def fill_words(w, size, first, sample, step, stream, k0, k1):
     """The first ``size`` words of the block whose first counter is ``first``, into ``w``, which has room for whole runs."""
-    for j in range(min(size, RUN)):
-        r0, r1, r2, r3 = _philox(U(first + U(j)), sample, step, stream, k0, k1)
-        w[j] = r0
-        if size > RUN:
-            w[RUN + j] = r1
-            w[2 * RUN + j] = r2
-            w[3 * RUN + j] = r3
+    c0, c1, c2, c3 = W(first), W(sample), W(step), W(stream)
+    if size <= RUN:
+        for j in range(size):
+            w[j] = _philox(c0 + W(j), c1, c2, c3, k0, k1)[0]
+    else:
+        w0, w1, w2, w3 = w[:RUN], w[RUN : 2 * RUN], w[2 * RUN : 3 * RUN], w[3 * RUN : BLOCK]
+        for j in range(RUN):
+            w0[j], w1[j], w2[j], w3[j] = _philox(c0 + W(j), c1, c2, c3, k0, k1)
+
+
+@jit
+def fill_block(z, count, block, sample, words):
+    """The first ``count`` normals of a block of a sample; ``words``: step, stream, first sample and the two words of the key."""
+    step, stream, first_sample, k0, k1 = words
+    fill(z, count, U(block * RUN), U(first_sample + sample), U(step), U(stream), U(k0), U(k1))
+
+
+@jit
+def _blocks(first, last, out, words):
+    size = out.shape[1]
+    blocks = (size + BLOCK - 1) // BLOCK
+    z = np.empty(BLOCK, np.float32)
+    for i in range(first, last):
+        n, block = i // blocks, i % blocks
+        to = out[n][block * BLOCK : (block + 1) * BLOCK]
+        if to.size == BLOCK or to.size <= RUN:
+            fill_block(to, to.size, block, n, words)
+        else:
+            fill_block(z, to.size, block, n, words)
+            for j in range(to.size):
+                to[j] = z[j]
 
 
 @loops
-def _normals(out, first_sample, step, stream, k0, k1, workers):
-    batch, size = out.shape
-    blocks = (size + BLOCK - 1) // BLOCK
-    tiles = batch * blocks
+def _shared(blocks, workers, out, words):
     for worker in prange(workers):
-        z = np.empty(BLOCK, np.float32)
-        for tile in range(tiles * worker // workers, tiles * (worker + 1) // workers):
-            n, block = tile // blocks, tile % blocks
-            start = block * BLOCK
-            count = min(BLOCK, size - start)
-            to = out[n][start : start + count]
-            sample, counter = U(first_sample + n), U(block * RUN)
-            if count == BLOCK or count <= RUN:
-                fill(to, count, counter, sample, step, stream, k0, k1)
-            else:
-                fill(z, count, counter, sample, step, stream, k0, k1)
-                for j in range(count):
-                    to[j] = z[j]
+        _blocks(blocks * worker // workers, blocks * (worker + 1) // workers, out, words)
 
 
-def key(seed: int) -> tuple[np.uint32, np.uint32]:
+_alone = Entry(_blocks)
+
+
+def key(seed: int) -> tuple[int, int]:
     """The two words of the generator's key."""
-    return U(seed & 0xFFFFFFFF), U(seed >> 32)
+    return seed & 0xFFFFFFFF, seed >> 32
 
 
-@alone_below(ELEMENTS, lambda out, *_, **__: out.size)
 def normals(out, seed, step=0, stream=SAMPLER, first_sample=0):
     if out.size:
-        _normals(out.reshape(out.shape[0], -1), int(first_sample), U(step), U(stream), *key(seed), threads())
+        rows = out.reshape(out.shape[0], -1)
+        words = int(step), int(stream), int(first_sample), *key(int(seed))
+        blocks = rows.shape[0] * -(-rows.shape[1] // BLOCK)
+        if out.size < ELEMENTS:
+            _alone(0, blocks, rows, words)
+        else:
+            _shared(blocks, threads(), rows, words)
     return out

@@ -8,8 +8,9 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
+from .lanes import fma, load_first, store_first
 from .threads import ELEMENTS, alone_below, threads
-from .vector import F, sigmoid
+from .vector import LANES, F, sigmoid
 
 _CHUNK = 1 << 13
 _RUN = 64  # tokens summed in float32 before they go into a float64 sum
@@ -205,24 +206,34 @@ def layer_norm_backward(dy, x, gamma, beta, mean, rstd, scale=None, out=None):
     return dx, dgamma, dbeta, dscale, dshift
 
 
-@jit(fastmath=_FAST)
-def _gated(x, h, gate, y):
-    for c in range(x.size):
-        y[c] = x[c] + gate[c] * h[c]
+@jit(forceinline=True)
+def _gated(x, h, gate, y, i, c, count):
+    store_first(y, i, fma(load_first(gate, c, count), load_first(h, i, count), load_first(x, i, count)), count)
+
+
+@jit
+def _gated_rows(first, last, x, h, gate, y):
+    _, tokens, channels = x.shape
+    at_x, at_h, at_gate, at_y = x.ctypes.data, h.ctypes.data, gate.ctypes.data, y.ctypes.data
+    whole, rest = channels - channels % LANES, channels % LANES
+    for row in range(first, last):
+        i, k = row * channels, row // tokens * channels
+        for c in range(0, whole, LANES):
+            _gated(at_x, at_h, at_gate, at_y, i + c, k + c, LANES)
+        if rest:
+            _gated(at_x, at_h, at_gate, at_y, i + whole, k + whole, rest)
 
 
 @loops
-def _add_gated(x, h, gate, y):
-    batch, tokens, _ = x.shape
-    for i in prange(batch * tokens):
-        n, t = i // tokens, i % tokens
-        _gated(x[n, t], h[n, t], gate[n], y[n, t])
+def _add_gated(x, h, gate, y, rows, workers):
+    for worker in prange(workers):
+        _gated_rows(rows * worker // workers, rows * (worker + 1) // workers, x, h, gate, y)
 
 
 @alone_below(ELEMENTS, lambda x, *_, **__: x.size)
 def add_gated(x, h, gate, out=None):
     y = buffers.empty(x.shape, x.dtype) if out is None else out
-    _add_gated(x, h, gate, y)
+    _add_gated(x, h, gate, y, x.shape[0] * x.shape[1], threads())
     return y
 
 
