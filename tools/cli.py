@@ -18,6 +18,7 @@ COMMANDS = {
     "equations": ("alphabar.tools.equations", "the documents' equations, with their functions and tests"),
     "demo": ("alphabar.tools.demo", "compute and draw what the documents claim, one picture each"),
     "reproduce": ("alphabar.tools.reproduce", "compute the documents' tables and figures beside the published ones: one report"),
+    "warmup": ("alphabar.tools.warmup", "compile every kernel ahead, so that no later command has to wait"),
     "gpu-check": ("alphabar.tools.gpu_check", "try everything on this machine's GPU"),
 }
 

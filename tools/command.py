@@ -16,7 +16,9 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from alphabar.core.data import DataError
+from alphabar.kernels.compiling import told
 from alphabar.nets.checkpoint import CheckpointError
+from alphabar.tools.compiling import Told
 from alphabar.tools.config import ConfigError
 from alphabar.tools.files import replaceable
 
@@ -56,9 +58,10 @@ def program(name: str) -> Callable[[Main], Main]:
             if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows × as \xd7 rather than nothing
                 sys.stdout.reconfigure(errors="backslashreplace")
             try:
-                with warnings.catch_warnings():
+                arguments = sys.argv[1:] if argv is None else argv
+                with warnings.catch_warnings(), told(Told(name, quiet="--quiet" in arguments)):
                     warnings.showwarning = functools.partial(_warn, name)
-                    code = main(sys.argv[1:] if argv is None else argv)
+                    code = main(arguments)
                 sys.stdout.flush()
                 return code
             except SystemExit as e:  # --help

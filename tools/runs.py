@@ -32,6 +32,7 @@ from alphabar.tools.config import Config
 from alphabar.tools.files import replacing
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "h5py", "pillow", "tqdm", "threadpoolctl", "cupy-cuda12x", "cupy-cuda13x")
+VARIABLES = ("ALPHABAR_", "OMP_", "GOMP_", "NUMBA_", "OPENBLAS_", "MKL_")
 
 
 class Run:
@@ -130,7 +131,7 @@ def environment(device: str, step: int) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": device,
         "threads": [{k: p.get(k) for k in ("user_api", "internal_api", "num_threads")} for p in threadpool_info()],
-        "variables": {k: v for k, v in os.environ.items() if k.startswith(("ALPHABAR_", "OMP_", "GOMP_", "NUMBA_", "OPENBLAS_"))},
+        "variables": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
     }
 
 

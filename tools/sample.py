@@ -9,8 +9,10 @@ import numpy as np
 from alphabar.core.levels import Levels
 from alphabar.tools import (
     command,
+    compiling,
     dataset_file,
     gamma,
+    networks,
     pictures,
     sample_options,
     sample_text,
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = sample_options.parser().parse_args(argv)
     xp, where = device(options.device)
     network = trained.load(options.checkpoint, options.raw_weights, xp)
+    if where == "cpu":
+        compiling.ahead(compiling.needed(networks.kind_of(network.net), network.config.method, training=False), options.quiet)
     kind = configs.data_kind(network.config)
     options.n = options.n or sample_options.N[kind]
     return sample_text.draw(options, network, where) if kind == "text" else _images(options, network, xp, where)

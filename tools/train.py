@@ -13,8 +13,8 @@ import numpy as np
 
 from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
+from alphabar.tools import compiling, families, networks, runs, sources
 from alphabar.tools import config as configs
-from alphabar.tools import families, runs, sources
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program
 from alphabar.tools.config import Config, ConfigError
 from alphabar.tools.progress import Progress
@@ -172,14 +172,14 @@ def _dry_run(trainer: Trainer, where: str) -> int:
     store = trainer.net.params
     print(f"parameters        {store.count:,}")
     print(f"data              {sources.described(trainer.data)}", flush=True)
-    print("measuring a step (kernels are compiled the first time) …", file=sys.stderr, flush=True)
+    print("measuring a step …", file=sys.stderr, flush=True)
     times = []
     for _ in range(3):
         start = time.perf_counter()
         trainer.step()
         times.append(time.perf_counter() - start)
     step, unit = min(times[1:]), sources.UNITS[sources.kind(trainer.data)]
-    state, work = 5 * store.data.nbytes, trainer.pool.nbytes
+    state, work = 5 * store.data.nbytes, trainer.work_nbytes
     print(f"weights           {state / 2**20:,.0f} MiB with gradient, moments and running average")
     print(f"work arrays       {work / 2**20:,.0f} MiB; {_peak():,.0f} MiB peak of this process")
     print(f"one step          {step * 1e3:,.1f} ms on {where}, {trainer.config.train.batch / step:,.0f} {unit}/s")
@@ -211,9 +211,10 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
     _say(options, f"data        {trainer.data.name}: {sources.described(trainer.data)}{classes}")
     _say(options, f"network     {trainer.net.params.count:,} parameters on {where}")
     _say(options, f"run folder  {run.path}" + (f", going on after step {start:,} of {total:,}" if start else ""))
+    if where == "cpu" and start < total:
+        compiling.ahead(compiling.needed(networks.kind_of(trainer.net), trainer.config.method, training=True), options.quiet)
     begun = time.perf_counter()
     if start < total:
-        _say(options, "preparing the kernels (compiled the first time on a machine, which takes up to a minute) …")
         with Stop().listening() as stop:
             session.steps(stop)
         if stop.signal and trainer.done < total:
