@@ -1,17 +1,62 @@
-"""The results of a benchmark run as a Markdown table and as JSON, with the machine and the versions behind them."""
+"""The results of a benchmark run as Markdown, JSON and pictures, with the machine and the versions behind them."""
 
 import json
 import platform
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import exp, log
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROWS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
-PACKAGES = ("alphabar", "numpy", "numba", "llvmlite", "torch", "cupy-cuda13x", "cupy-cuda12x")
+from bench import tables
+
+PACKAGES = ("alphabar", "numpy", "numba", "llvmlite", "torch", "diffusers", "cupy-cuda13x", "cupy-cuda12x")
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Found:
+    """What a run has measured, by kind."""
+
+    kernels: Rows = field(default_factory=list)
+    networks: Rows = field(default_factory=list)
+    errors: Rows = field(default_factory=list)
+    memory: Rows = field(default_factory=list)
+    training: Rows = field(default_factory=list)
+    limits: list[Any] = field(default_factory=list)  # of every number of threads, the largest last
+
+    def __bool__(self) -> bool:
+        return any((self.kernels, self.networks, self.errors, self.memory, self.training))
+
+
+FOUND: pytest.StashKey[Found] = pytest.StashKey()
+
+CONDITIONS = """\
+float32. Contestants take turns in one process; medians over the rounds, warm-up not counted. Ratio = torch's time over ours:
+above 1 we are faster; torch is the faster of its two memory formats. malloc keeps freed memory (no page faults for torch's
+temporaries); our outputs come from a pool.""".splitlines()
+
+NETWORKS = """\
+The same weights in diffusers' UNet2DModel and here. A training step is forward, mean squared error, backward, clipping by the
+global norm, AdamW and running average (torch: fused AdamW, multi-tensor clipping and average); a sampling step is the
+prediction and the ancestral update with new noise. The ratio is that to the fastest of torch's columns. GFLOP/s count each
+convolution as direct (Winograd needs fewer multiplications, so more than the limit is possible), a training step as three
+forward passes. "peer" has 16 heads of attention (the default of UNet2DModel), "peer, one head" one, as the networks of
+DDPM.""".splitlines()
+
+MEMORY = """\
+Each in a process of its own: the peak of the whole process and what of it came after the imports (weights, optimiser,
+compiled code and work space), and the median step with the malloc that a process starts with.""".splitlines()
+
+KERNELS = """\
+"In place" is torch without allocations, where it can (out=, in-place operations). GB/s counts each operand once. "Of the
+limit": the least time that the measured limits allow over ours, by memory (a triad of as many bytes in the same run) or by
+arithmetic (multiply-adds in registers). A convolution counts as direct, so Winograd may pass 100 %; what works in place may
+pass a triad, which writes over a third array. Kernels that make noise or draw states work mostly on integers, whose
+limit is not measured. Error: relative L2 distance to the definition in float64, the largest over the outputs, of 8 samples at
+most; where noise is made in the kernel it is measured with the same noise given.""".splitlines()
 
 
 def _version(package: str) -> str | None:
@@ -45,60 +90,50 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines, one row for each kernel and case."""
-    lines = [
-        "| kernel | case | alphabar | torch | compiled | ratio | ratio to compiled | GB/s | GFLOP/s | error | torch's error |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in rows:
-        rate = 1 / r["alphabar_s"]
-        lines.append(
-            f"| {r['kernel']} | {r['case']} | {_time(r['alphabar_s'])} | {_time(r['torch_s'])} | {_time(r['compiled_s'])} "
-            f"| {_number(r['ratio'], '.2f')} | {_number(r['ratio_compiled'], '.2f')} | {r['bytes'] * rate / 1e9:.1f} "
-            f"| {r['flops'] * rate / 1e9:.1f} | {_number(r['error'], '.1e')} | {_number(r['torch_error'], '.1e')} |"
-        )
-    return lines
-
-
-def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines: the geometric mean of each kernel's ratios, with the range over its cases."""
-    lines = ["| kernel | cases | ratio to torch (geometric mean) | lowest | highest |", "|---|---:|---:|---:|---:|"]
-    for name in dict.fromkeys(r["kernel"] for r in rows):
-        ratios = [r["ratio"] for r in rows if r["kernel"] == name]
-        mean = exp(sum(map(log, ratios)) / len(ratios))
-        lines.append(f"| {name} | {len(ratios)} | {mean:.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
-    return lines
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]], command: str) -> list[Path]:
-    """NAME.json and NAME.md in ``folder``; returns the paths."""
-    env = environment()
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text = folder / f"{name}.json", folder / f"{name}.md"
-    data.write_text(json.dumps({"command": command, "environment": env, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+def conditions(env: dict[str, Any], command: str) -> list[str]:
+    """The machine, the versions and the command, as Markdown."""
     packages = ", ".join(f"{p} {v}" for p, v in env["packages"].items())
-    head = [
-        f"# Kernels against PyTorch, {env['date']}",
-        "",
+    return [
         f"{env['processor']}, {env['threads']} threads each, {env['system']}, Python {env['python']}; {packages}.",
         f"Commit {env['commit']}. Made by `{command}`.",
         "",
-        "float32. Contestants take turns in one process; medians over the rounds, warm-up not counted. Ratio = torch's time over",
-        "ours: above 1 we are faster. malloc keeps freed memory (no page faults for torch's temporaries); our outputs come from",
-        "a pool. Error: relative L2 distance to the definition in float64, the largest over the outputs; where noise is made in",
-        "the kernel it is measured with the same noise given.",
-        "",
     ]
-    text.write_text("\n".join([*head, *summary(rows), "", *table(rows)]) + "\n", encoding="utf-8")
-    return [data, text]
+
+
+def sections(found: Found) -> list[tuple[str, list[str], list[str]]]:
+    """(heading, explanation, table) of all that was measured."""
+    from bench import limits
+
+    every = [
+        ("Networks", NETWORKS, tables.networks(found.networks) if found.networks else []),
+        ("The same training", [], tables.training(found.training) if found.training else []),
+        ("Errors of the networks against float64", [], tables.errors(found.errors) if found.errors else []),
+        ("Memory", MEMORY, tables.memory(found.memory) if found.memory else []),
+        ("Kernels", KERNELS, tables.summary(found.kernels) if found.kernels else []),
+        ("Every case", [], tables.kernels(found.kernels) if found.kernels else []),
+        ("Limits of the machine", [], limits.table(found.limits) if found.limits else []),
+    ]
+    return [section for section in every if section[2]]
+
+
+def lines(found: Found) -> list[str]:
+    """All tables, for the terminal."""
+    return [line for heading, _, table in sections(found) for line in (heading, *table, "")]
+
+
+def write(folder: Path, name: str, found: Found, command: str) -> list[Path]:
+    """NAME.json, NAME.md and the pictures in ``folder``; returns the paths."""
+    from bench import limits, pictures
+
+    env = environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(folder, name, found)
+    text = [f"# alphabar against PyTorch, {env['date']}", "", *conditions(env, command), *CONDITIONS, ""]
+    for heading, explanation, table in sections(found):
+        text += [f"## {heading}", "", *([*explanation, ""] if explanation else []), *table, ""]
+        text += [line for path, of in drawn if of == heading for line in (f"![{heading}]({path.name})", "")]
+    rows = {k: getattr(found, k) for k in ("kernels", "networks", "errors", "memory", "training")}
+    plain = {"command": command, "environment": env, "limits": limits.plain(found.limits), **rows}
+    (folder / f"{name}.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n".join(text[:-1]) + "\n", encoding="utf-8")
+    return [folder / f"{name}.json", folder / f"{name}.md", *(path for path, _ in drawn)]

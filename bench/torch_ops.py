@@ -165,12 +165,15 @@ def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., An
 IMAGES = ("conv2d", "group_norm_silu")  # what the names of kernels on images start with
 
 
-def contiguous(name: str, args: tuple) -> tuple | None:
-    """``args`` with PyTorch's other memory format inside: images NCHW, weights OIHW. None for a kernel that has no images."""
+def contiguous(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments with PyTorch's other memory format inside: images NCHW, weights OIHW. None for a kernel without images."""
     if not name.startswith(IMAGES):
         return None
-    made = tuple(_last(_first(a).contiguous()) if isinstance(a, Tensor) and a.ndim == 4 else a for a in args)
-    return _weights_as(torch.contiguous_format, name, made)
+
+    def image(a: Any) -> Any:
+        return _last(_first(a).contiguous()) if isinstance(a, Tensor) and a.ndim == 4 else a
+
+    return _weights_as(torch.contiguous_format, name, tuple(map(image, args))), {k: image(v) for k, v in kwargs.items()}
 
 
 def channels_last(name: str, args: tuple) -> tuple:
