@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, reference
+from . import checks, precisions, reference
 from .arrays import is_cupy, is_foreign, is_native, native, restore
 from .recording import refuse
 from .registry import TABLE
@@ -55,7 +55,8 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 def chosen() -> str:
-    """What :func:`use` or ALPHABAR_KERNELS asks for. ValueError where that is none of BACKENDS."""
+    """What :func:`use` or ALPHABAR_KERNELS asks for. ValueError where that, or the precision in force, is none that there is."""
+    precisions.high()
     choice = _choice.get()
     if choice not in BACKENDS:
         raise ValueError(f"ALPHABAR_KERNELS must be one of {BACKENDS}, not {choice!r}")

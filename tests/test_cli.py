@@ -57,7 +57,7 @@ def test_an_output_that_cannot_be_written(words: str) -> None:
     assert "the output could not be written (No space left on device)" in out.stderr
 
 
-@pytest.mark.parametrize("name", ["ALPHABAR_THREADS", "ALPHABAR_KERNELS"])
+@pytest.mark.parametrize("name", ["ALPHABAR_THREADS", "ALPHABAR_KERNELS", "ALPHABAR_PRECISION"])
 def test_a_bad_variable_of_the_environment(name: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "alphabar.tools.cli", "train", "--dry-run", "--device", "cpu", "--quiet"]
     out = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "", name: "many"})

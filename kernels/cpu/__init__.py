@@ -7,7 +7,8 @@ from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight
 from .diffusion import q_sample, step
 from .discrete import categorical, categorical_posterior, categorical_q_sample
-from .norm import group_norm_silu, group_norm_silu_backward
+from .norm import group_norm_silu
+from .norm_backward import group_norm_silu_backward
 from .optim import adamw_ema, sum_squares
 from .random import normals
 from .tokens import add_gated, add_gated_backward, layer_norm, layer_norm_backward, rotary, silu, silu_backward
