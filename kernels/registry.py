@@ -177,15 +177,17 @@ FUSED_CONVS: tuple[Case, ...] = (
 )
 
 
+def _conv_geometry(case: Case) -> dict[str, Any]:
+    return {"stride": case.get("stride", 1), "upsample": case.get("upsample", False), "pad": case.get("pad")}
+
+
 def _conv_options(case: Case) -> dict[str, Any]:
-    chosen = {"precision": case["precision"]} if "precision" in case else {}
-    return {"stride": case.get("stride", 1), "upsample": case.get("upsample", False), "pad": case.get("pad"), **chosen}
+    return _conv_geometry(case) | ({"precision": case["precision"]} if "precision" in case else {})
 
 
 def _conv_output(case: Case) -> tuple[int, ...]:
     b, h, w, _ = case["shape"]
-    options = {k: v for k, v in _conv_options(case).items() if k != "precision"}
-    rows, cols = (reference.conv_output_size(n, case["kernel"], **options) for n in (h, w))
+    rows, cols = (reference.conv_output_size(n, case["kernel"], **_conv_geometry(case)) for n in (h, w))
     return b, rows, cols, case["cout"]
 
 

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from alphabar import kernels
 from alphabar.kernels import TABLE, accuracy
-from alphabar.kernels.cpu import vector
+from alphabar.kernels.cpu import tiles, vector
 
 wrong = []
 for case in json.loads(Path("tests/data/noise_hashes.json").read_text())["cases"]:
@@ -87,18 +87,18 @@ import json, platform, re, sys, types
 architecture, triple, cpu = sys.argv[1:]
 platform.machine = lambda: architecture
 from llvmlite import binding, ir
-from alphabar.kernels.cpu import vector
+from alphabar.kernels.cpu import tiles, vector
 from numba.core import config
 binding.initialize_all_targets()
 binding.initialize_all_asmprinters()
 machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=config.CPU_FEATURES or "", opt=3)
 found = {}
-for name, count in (("_row_tile", 8), ("_column_tile", 5)):
+for name, count in (("_row_tile", 11), ("_column_tile", 8)):
     module = ir.Module()
     module.triple = triple
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count), name)
     builder = ir.IRBuilder(f.append_basic_block())
-    _, emit = getattr(vector, name)._defn(None, *[None] * count)
+    _, emit = getattr(tiles, name)._defn(None, *[None] * count)
     emit(types.SimpleNamespace(get_dummy_value=lambda: None), builder, None, f.args)
     builder.ret_void()
     parsed = binding.parse_assembly(str(module))

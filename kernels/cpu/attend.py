@@ -21,14 +21,13 @@ from .attend_tiles import (
     score_tile,
     slope_tile,
     sum_tile,
-    turn_into,
     turn_part,
     weight_tile,
     within,
 )
 from .jit import jit, loops
 from .threads import PRODUCTS, alone_below, threads
-from .vector import COLS, LANES, NARROW, F
+from .vector import COLS, LANES, NARROW, F, turn
 
 _CHUNK = 4 * COLS  # keys at a time, forwards
 _SLOPES = COLS  # and backwards
@@ -194,7 +193,7 @@ def _turn_chunk(rows, count, to):
     """Squares of COLS rows of COLS floats: the transpose of ``count`` rows of COLS floats."""
     for i in range(0, count, LANES):
         for j in range(0, COLS, LANES):
-            turn_into(rows[i, j:].ctypes.data, 4 * COLS, to[i // COLS * COLS + j, i % COLS :].ctypes.data, 4 * COLS)
+            turn(rows[i, j:].ctypes.data, 4 * COLS, to[i // COLS * COLS + j, i % COLS :].ctypes.data, 4 * COLS)
 
 
 @loops

@@ -194,21 +194,6 @@ def sum_tile(typingctx: Any, rows: Any, step: Any, count: Any, panel: Any, sums:
 
 
 @intrinsic
-def turn_into(typingctx: Any, at: Any, step: Any, to: Any, to_step: Any) -> Any:
-    """The transpose of a square of LANES vectors, from rows ``step`` bytes apart to rows ``to_step`` bytes apart."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at, step, to, to_step = args
-        e = _Emit(builder)
-        rows = [e.load(builder.add(at, builder.mul(step, _I64(i)))) for i in range(LANES)]
-        for i, row in enumerate(e.turned(rows)):
-            e.store(row, builder.add(to, builder.mul(to_step, _I64(i))))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
-
-
-@intrinsic
 def turn_part(typingctx: Any, at: Any, step: Any, rows: Any, cols: Any, factors: Any, to: Any, to_step: Any, width: Any) -> Any:
     """The transpose of rows x cols floats (LANES at most of each), column j times factors[j], in rows of ``width`` floats.
 

@@ -11,7 +11,7 @@ from numba import prange
 from .. import buffers
 from ..precisions import high
 from ..reference import conv_output_size
-from . import conv_weights, winograd
+from . import conv_weights, elementwise, winograd
 from .conv_places import SHALLOW, addresses, geometry, of_runs, places_of, with_margins
 from .jit import jit, loops
 from .threads import PRODUCTS, alone_below, threads
@@ -205,22 +205,6 @@ def _gathered(x, w, bias, out, stride, upsample, pad, backward):
     return out
 
 
-@loops
-def _add(out, shift, shifted, residual, added):
-    """out += shift[n] + residual."""
-    for n in prange(out.shape[0]):
-        for p in range(out.shape[1]):
-            to = out[n, p]
-            if shifted:
-                row = shift[n]
-                for k in range(to.size):
-                    to[k] += row[k]
-            if added:
-                more = residual[n, p]
-                for k in range(to.size):
-                    to[k] += more[k]
-
-
 @alone_below(PRODUCTS, lambda x, w, *_, **__: x.size * w.size // max(1, x.shape[3]))
 def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None, shift=None, residual=None, precision=None):
     kernel = w.shape[0]
@@ -231,10 +215,11 @@ def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None, shift=
     if fast and winograd.suits(x.shape, w.shape[3], kernel, stride, upsample, pad):
         return winograd.convolve(x, w, bias, out, upsample, shift=shift, residual=residual)
     _gathered(x, w, bias, out, stride, upsample, pad, False)
-    if (shift is not None or residual is not None) and out.size:
+    if shift is not None and out.size:
         flat = out.reshape(out.shape[0], -1, out.shape[3])
-        rows, more = flat[0] if shift is None else shift, flat if residual is None else residual.reshape(flat.shape)
-        _add(flat, rows, shift is not None, more, residual is not None)
+        elementwise.add_channels(flat, shift, 0, flat)
+    if residual is not None:
+        elementwise.add(out, residual, out)
     return out
 
 

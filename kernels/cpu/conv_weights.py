@@ -7,7 +7,7 @@ from .. import buffers
 from .conv_places import SHALLOW, addresses, geometry, of_runs, places_of, with_margins
 from .jit import jit, loops
 from .threads import threads
-from .tiles import column_tile, copy_rows, pack_tile
+from .tiles import asking_column_tile, copy_rows, pack_tile
 from .vector import COLS, LANES, NARROW, F
 
 _DEPTH = 256  # places of one packed panel, at most
@@ -142,7 +142,7 @@ def _weights(
                                 to_sums = sums.ctypes.data + 4 * (here + m * tile + column * apart[0])
                                 left_at, marks_at = offset + 4 * NARROW * m, marked_end + 4 * _PACE * turn * count
                                 ahead, pace = (marks_at, 4 * _PACE) if turn < turns else (from_panel, 0)
-                                column_tile(table.ctypes.data, left_at, count, from_panel, to_sums, apart[1], ahead, pace)
+                                asking_column_tile(table.ctypes.data, left_at, count, from_panel, to_sums, apart[1], ahead, pace)
                                 turn += 1
     if at_once:
         for k in range(dbias.size):

@@ -1,4 +1,4 @@
-"""Register tiles of the convolutions, written out for the host's vectors like those of :mod:`.vector`.
+"""Register tiles of the convolutions' matrix products, written out for the host's vectors.
 
 A row tile reads its right operand in place or packed; the dot tile keeps the lanes on the summed channels, for few outputs.
 """
@@ -159,29 +159,36 @@ def _pack_tile(typingctx: Any, rows: Any, offset: Any, count: Any, panel: Any, s
     return types.void(*[types.int64] * 5), codegen
 
 
-@intrinsic
-def _column_tile(
-    typingctx: Any, rows: Any, offset: Any, depth: Any, panel: Any, sums: Any, step: Any, ahead: Any, pace: Any
-) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, offset, depth, panel, sums, step, ahead, pace = args
-        e = Emit(builder)
+def _columns_of(asking: bool) -> Any:
+    """A tile of NARROW rows of COLS sums; one that is ``asking`` has the cache bring what comes next."""
 
-        def body(k: Any, carry: list) -> list:
-            left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)
-            _ask(builder, builder.add(ahead, builder.mul(k, pace)), False)
-            made = e.products([e.plus(left, 4 * m) for m in range(NARROW)], carry[0], carry[1:])
-            return [e.plus(carry[0], 4 * COLS), *made]
+    @intrinsic
+    def tile(typingctx: Any, rows: Any, offset: Any, depth: Any, panel: Any, sums: Any, step: Any, ahead: Any, pace: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            rows, offset, depth, panel, sums, step, ahead, pace = args
+            e = Emit(builder)
 
-        made = e.loop(depth, [panel, *([_ZERO] * (2 * NARROW))], body)[1:]
-        for m in range(NARROW):
-            row = builder.add(sums, builder.mul(step, _I64(m)))
-            for v in (0, 1):
-                at = e.plus(row, 4 * LANES * v)
-                e.store(builder.fadd(e.load(at), made[2 * m + v]), at)
-        return context.get_dummy_value()
+            def body(k: Any, carry: list) -> list:
+                left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)
+                if asking:
+                    _ask(builder, builder.add(ahead, builder.mul(k, pace)), False)
+                made = e.products([e.plus(left, 4 * m) for m in range(NARROW)], carry[0], carry[1:])
+                return [e.plus(carry[0], 4 * COLS), *made]
 
-    return types.void(*[types.int64] * 8), codegen
+            made = e.loop(depth, [panel, *([_ZERO] * (2 * NARROW))], body)[1:]
+            for m in range(NARROW):
+                row = builder.add(sums, builder.mul(step, _I64(m)))
+                for v in (0, 1):
+                    at = e.plus(row, 4 * LANES * v)
+                    e.store(builder.fadd(e.load(at), made[2 * m + v]), at)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
+
+
+_column_tile, _asking_column_tile = _columns_of(False), _columns_of(True)
 
 
 @intrinsic
@@ -190,16 +197,7 @@ def _turn_tile(typingctx: Any, source: Any, step: Any, panel: Any) -> Any:
         source, step, panel = args
         e = Emit(builder)
         block = [e.load(builder.add(source, builder.mul(step, _I64(i)))) for i in range(LANES)]
-        half = 1
-        while half < LANES:  # swap the blocks off the diagonal, of 1, 2, 4, … lanes
-            upper = [i if not i & half else LANES + i - half for i in range(LANES)]
-            lower = [i + half if not i & half else LANES + i for i in range(LANES)]
-            for i in range(LANES):
-                if not i & half:
-                    a, b = block[i], block[i | half]
-                    block[i], block[i | half] = _part(builder, a, b, upper), _part(builder, a, b, lower)
-            half *= 2
-        for i, v in enumerate(block):
+        for i, v in enumerate(e.turned(block)):
             at = e.plus(panel, 4 * COLS * i)
             e.store(builder.fadd(e.load(at), v), at)
         return context.get_dummy_value()
@@ -265,12 +263,15 @@ def pack_tile(rows, offset, count, panel, sums):
 
 
 @jit
-def column_tile(rows, offset, depth, panel, sums, step, ahead, pace):
-    """sums[m] += Σ_k rows[k][offset:][m]·panel[k] for NARROW rows of COLS sums, ``step`` bytes apart; ``rows`` is a table.
+def column_tile(rows, offset, depth, panel, sums, step):
+    """sums[m] += Σ_k rows[k][offset:][m]·panel[k] for NARROW rows of COLS sums, ``step`` bytes apart; ``rows`` is a table."""
+    _column_tile(rows, offset, depth, panel, sums, step, panel, 0)
 
-    ``ahead`` and ``pace`` are those of :func:`asking_tile`.
-    """
-    _column_tile(rows, offset, depth, panel, sums, step, ahead, pace)
+
+@jit
+def asking_column_tile(rows, offset, depth, panel, sums, step, ahead, pace):
+    """:func:`column_tile` that asks for the memory from ``ahead`` on, ``pace`` bytes for each row of the panel."""
+    _asking_column_tile(rows, offset, depth, panel, sums, step, ahead, pace)
 
 
 @jit

@@ -1,6 +1,6 @@
-"""What plain Numba does not offer: bit casts, an exponential that vectorises, and the two register tiles of a matrix product.
+"""What plain Numba does not offer: bit casts, an exponential that vectorises, and LLVM code written out in vectors.
 
-A tile keeps ROWS x COLS (or NARROW x COLS) sums in vector registers; its LLVM code is written out, for the host's vector width.
+The host's vector width gives the sizes of the register tiles: ROWS x COLS or NARROW x COLS sums are kept in registers.
 """
 
 import platform
@@ -174,81 +174,15 @@ class Emit:
 
 
 @intrinsic
-def turn(typingctx: Any, at: Any, step: Any, to: Any) -> Any:
-    """The transpose of a square of LANES vectors ``step`` bytes apart, written to ``to`` without gaps; both are addresses."""
+def turn(typingctx: Any, at: Any, step: Any, to: Any, to_step: Any) -> Any:
+    """The transpose of a square of LANES vectors, from rows ``step`` bytes apart to rows ``to_step`` bytes apart."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at, step, to = args
+        at, step, to, to_step = args
         e = Emit(builder)
         rows = [e.load(builder.add(at, builder.mul(step, _I64(i)))) for i in range(LANES)]
         for i, row in enumerate(e.turned(rows)):
-            e.store(row, e.plus(to, 4 * LANES * i))
+            e.store(row, builder.add(to, builder.mul(to_step, _I64(i))))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3), codegen
-
-
-@intrinsic
-def _row_tile(
-    typingctx: Any, rows: Any, stride: Any, taps: Any, depth: Any, panel: Any, first: Any, out: Any, offset: Any
-) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, stride, taps, depth, panel, first, out, offset = args
-        e = Emit(builder)
-        start = e.pair(first)
-
-        def tap(t: Any, carry: list) -> list:
-            table = builder.add(rows, builder.mul(t, stride))
-            left = [e.load(e.plus(table, 8 * m), _I64) for m in range(ROWS)]
-
-            def body(k: Any, inner: list) -> list:
-                at = builder.mul(k, _I64(4))
-                sums = e.products([builder.add(a, at) for a in left], inner[0], inner[1:])
-                return [e.plus(inner[0], 4 * COLS), *sums]
-
-            return e.loop(depth, carry, body)
-
-        sums = e.loop(taps, [panel, *(start * ROWS)], tap)[1:]
-        for m in range(ROWS):
-            row = builder.add(e.load(e.plus(out, 8 * m), _I64), offset)
-            e.store(sums[2 * m], row)
-            e.store(sums[2 * m + 1], e.plus(row, 4 * LANES))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 8), codegen
-
-
-@intrinsic
-def _column_tile(typingctx: Any, rows: Any, offset: Any, depth: Any, panel: Any, sums: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, offset, depth, panel, sums = args
-        e = Emit(builder)
-
-        def body(k: Any, carry: list) -> list:
-            left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)
-            made = e.products([e.plus(left, 4 * m) for m in range(NARROW)], carry[0], carry[1:])
-            return [e.plus(carry[0], 4 * COLS), *made]
-
-        made = e.loop(depth, [panel, *([_ZERO] * (2 * NARROW))], body)[1:]
-        for i, v in enumerate(made):
-            at = e.plus(sums, 4 * LANES * i)
-            e.store(builder.fadd(e.load(at), v), at)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
-
-
-@jit
-def row_tile(rows, stride, taps, depth, panel, first, out, offset):
-    """out[m][offset:] = first + Σ_t Σ_k rows[t][m][k]·panel[t][k] for ROWS rows of COLS sums.
-
-    ``rows`` is a table of row addresses, ``stride`` bytes from tap to tap; ``panel`` (taps, depth, COLS) is packed; ``first``
-    holds COLS floats; ``out`` is a table of ROWS addresses. ``taps`` and ``depth`` are at least 1. All are addresses or numbers.
-    """
-    _row_tile(rows, stride, taps, depth, panel, first, out, offset)
-
-
-@jit
-def column_tile(rows, offset, depth, panel, sums):
-    """sums[m] += Σ_k rows[k][offset:][m]·panel[k] for NARROW rows of COLS packed sums; ``rows`` is a table of addresses."""
-    _column_tile(rows, offset, depth, panel, sums)
+    return types.void(*[types.int64] * 4), codegen

@@ -13,7 +13,8 @@ from .. import buffers
 from ..reference import conv_padding
 from .jit import jit, loops
 from .threads import threads
-from .vector import COLS, LANES, NARROW, ROWS, F, column_tile, row_tile, turn
+from .tiles import column_tile, row_tile
+from .vector import COLS, LANES, NARROW, ROWS, F, turn
 from .winograd_transforms import (
     FEWER,
     POINTS,
@@ -93,7 +94,7 @@ def _factors_turned(w, u, doubled, blocks, workers):
         for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
             k, c = task // parts * LANES, task % parts * LANES
             for tap in range(9):
-                turn(w.ctypes.data + 4 * ((tap * channels + k) * depth + c), 4 * depth, block + 4 * tap * side)
+                turn(w.ctypes.data + 4 * ((tap * channels + k) * depth + c), 4 * depth, block + 4 * tap * side, 4 * LANES)
             for i in range(LANES):
                 to = u.ctypes.data + 4 * ((k // COLS * depth + c + i) * COLS + k % COLS)
                 if doubled:
@@ -172,7 +173,7 @@ def _convolve(
                     panel = u[point, column * depth * COLS :].ctypes.data
                     for t in range(0, count, ROWS):
                         rows, to = table[0, point, t:].ctypes.data, table[1, point, t:].ctypes.data
-                        row_tile(rows, 0, 1, depth, panel, nothing, to, 4 * (column - from_column) * COLS)
+                        row_tile(rows, 0, 1, depth, panel, 4 * COLS, nothing, to, 4 * (column - from_column) * COLS)
             of_image = -1
             begin_channel, end_channel = from_column * COLS, min(channels, to_column * COLS)
             for t in range(count):
@@ -266,7 +267,7 @@ def _sum_tiles(sums, first, columns, depth, count, sources, marks, apart, to_apa
             if first:
                 made[:] = F(0)
             for part in range(parts):
-                column_tile(rows.ctypes.data, 4 * NARROW * part, count, panel, made[part * _SUMS :].ctypes.data)
+                column_tile(rows.ctypes.data, 4 * NARROW * part, count, panel, made[part * _SUMS :].ctypes.data, 4 * COLS)
 
 
 @loops
