@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from alphabar import kernels
 from alphabar.core import diffusion_lm, diffusion_lm_sampler, forward, samplers, schedules, tables
@@ -17,6 +16,11 @@ from tests import fake_cupy
 S = schedules.sqrt(200)
 EMBEDDING = np.array([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]])
 LAW = np.array([[0.30, 0.05, 0.05], [0.02, 0.02, 0.26], [0.05, 0.20, 0.05]])  # P(w_1, w_2), far from independent
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is the oracle here")
 
 
 class Words:
@@ -97,7 +101,7 @@ def test_embeddings_have_the_mean_and_the_deviation_asked():
 
 
 @pytest.mark.parametrize("block", [1, 50, 1 << 22])
-def test_the_gradient_for_embeddings_is_that_of_torch(monkeypatch, block):
+def test_the_gradient_for_embeddings_is_that_of_torch(monkeypatch, block, torch):
     monkeypatch.setattr(diffusion_lm, "BLOCK", block)
     rng = np.random.default_rng(1)
     w, g = rng.integers(0, 5, (4, 6)), rng.standard_normal((4, 6, 3))
@@ -106,7 +110,7 @@ def test_the_gradient_for_embeddings_is_that_of_torch(monkeypatch, block):
     np.testing.assert_allclose(diffusion_lm.embedding_gradient(g, w, 7), table.grad.numpy(), rtol=1e-12)
 
 
-def test_rounding_by_brute_force():
+def test_rounding_by_brute_force(torch):
     rng = np.random.default_rng(2)
     x, table = rng.standard_normal((6, 5, 4)), rng.standard_normal((11, 4))
     distance = ((x[..., None, :] - table) ** 2).sum(axis=-1)
@@ -155,7 +159,7 @@ def batch():
     }
 
 
-def test_the_terms_are_the_papers(batch):
+def test_the_terms_are_the_papers(batch, torch):
     loss = diffusion_lm.end_to_end_loss(**batch, s=S)
     output, x0, mean, logits, w, t = batch.values()
     target = np.where((t == 1)[:, None, None], mean, x0)
@@ -189,7 +193,7 @@ def test_the_mean_of_the_posterior_at_one_is_the_prediction():  # why the term a
     assert var == 0
 
 
-def test_training_end_to_end_with_torch_gives_the_same_gradient():
+def test_training_end_to_end_with_torch_gives_the_same_gradient(torch):
     """A linear network trained by autograd, against the chain rule that the docstring tells."""
     rng = np.random.default_rng(5)
     w, t = rng.integers(0, 5, (4, 3)), np.array([1, 9, 60, 200])
@@ -248,7 +252,7 @@ def test_arrays_of_a_gpu_stay_there(batch, monkeypatch):
                 np.testing.assert_allclose(got.get(), want, rtol=1e-12)
 
 
-def test_losses_take_torch_arrays_and_keep_float32(batch):
+def test_losses_take_torch_arrays_and_keep_float32(batch, torch):
     given = {k: torch.tensor(v, dtype=torch.float32 if v.dtype.kind == "f" else None) for k, v in batch.items()}
     loss = diffusion_lm.end_to_end_loss(**given, s=S)
     assert all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in loss)
@@ -279,7 +283,7 @@ def test_samples_do_not_depend_on_the_batch():
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_samples_of_torch_arrays_are_those_of_numpy():
+def test_samples_of_torch_arrays_are_those_of_numpy(torch):
     x_T, known = start(6), (np.array([[2, 0]] * 6), np.array([False, True]))
     control = Control(lambda x, t: -x / (1 + t.reshape(-1, 1, 1)))
     for resample in (1, 2):
@@ -396,7 +400,7 @@ def test_gradient_steps_reach_the_mode_in_the_closed_form():
         np.testing.assert_allclose(got, mode + factor * (x - mode), rtol=1e-10, atol=1e-12)
 
 
-def test_adagrad_is_that_of_torch():
+def test_adagrad_is_that_of_torch(torch):
     rng = np.random.default_rng(7)
     x, mean, y = rng.standard_normal((3, 4, 5))
     variance, fluency, rate = 0.3, 0.01, 0.1

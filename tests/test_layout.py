@@ -77,6 +77,23 @@ def test_import_of_core_takes_well_under_half_a_second() -> None:
     assert min(float(run(code)) for _ in range(3)) < 0.25
 
 
+COLLECT = """
+import sys, pytest
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.exit(pytest.main(["--co", "-qq", "tests"]))
+"""
+
+
+def test_the_tests_are_collected_where_only_the_product_is_installed() -> None:
+    code = COLLECT.replace("MISSING", str(sorted(FRAMEWORKS | {"cupy", "sklearn"})))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_version_is_one() -> None:
     import alphabar
 
