@@ -1,5 +1,6 @@
 """Closed-form data whose exact predictions are known at every noise level: the oracles of the sampler tests."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from alphabar.core import schedules
+from alphabar.tools import trainer
 
 Levels = Callable[[Any], tuple[Any, Any]]
 
@@ -214,3 +216,31 @@ def vectors() -> Any:
     """Sampler trajectories of the diffusers library, and their float64 recomputation (``…/ref64``)."""
     with np.load(Path(__file__).parent / "data" / "sampler_trajectories.npz") as stored:
         return {k: stored[k] for k in stored.files}
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    """A text short enough to train on in a test."""
+    sentence = "the cat sat on the mat and the dog ran after a quick brown fox that jumps over the lazy dog in the sun "
+    (tmp_path / "story.txt").write_text(sentence * 12)
+    return tmp_path / "story.txt"
+
+
+@pytest.fixture
+def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """stopped_after(k, run): what ``run()`` returns where SIGTERM arrives while training step k is under way."""
+
+    def call(k: int, run: Callable[[], int], look: Callable[[trainer.Trainer], None] = lambda t: None) -> int:
+        step = trainer.Trainer.step
+        with monkeypatch.context() as patch:
+
+            def stopped(self: trainer.Trainer) -> trainer.Step:
+                if self.done == k - 1:
+                    signal.raise_signal(signal.SIGTERM)
+                    look(self)
+                return step(self)
+
+            patch.setattr(trainer.Trainer, "step", stopped)
+            return run()
+
+    return call

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ LAWS = {
     "multinomial": ["method=multinomial"],
     **{name: ["method=d3pm", f"diffusion.transition={name}"] for name in configs.TRANSITIONS},
 }
-WORDS = "the cat sat on the mat and the dog ran after a quick brown fox that jumps over the lazy dog in the sun "
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +63,6 @@ def images(tmp_path: Path) -> Path:
         f["split"] = np.r_[np.zeros(18, np.uint8), np.ones(6, np.uint8)]
         f.attrs["classes"] = "red,green,blue"
     return tmp_path / "tiny.h5"
-
-
-@pytest.fixture
-def story(tmp_path: Path) -> Path:
-    (tmp_path / "story.txt").write_text(WORDS * 12)
-    return tmp_path / "story.txt"
 
 
 def words(path: Path, *more: str, name: str = "r", steps: int = 4) -> list[str]:
@@ -340,30 +333,17 @@ def test_an_exact_network_draws_its_data_and_knows_their_entropy(
 # ------------------------------------------------------------------------------------------------------------------ whole runs
 
 
-def stopped_after(monkeypatch: pytest.MonkeyPatch, k: int, run: Callable[[], int]) -> int:
-    step = trainer.Trainer.step
-    with monkeypatch.context() as patch:
-
-        def stopped(self: trainer.Trainer) -> trainer.Step:
-            if self.done == k - 1:
-                signal.raise_signal(signal.SIGTERM)
-            return step(self)
-
-        patch.setattr(trainer.Trainer, "step", stopped)
-        return run()
-
-
 @pytest.mark.parametrize("kind", ["images", "text"])
 @pytest.mark.parametrize("name", LAWS)
 def test_every_law_trains_resumes_bit_for_bit_and_samples(
-    images: Path, story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, name: str
+    images: Path, story: Path, stopped_after: Any, capsys: pytest.CaptureFixture[str], kind: str, name: str
 ) -> None:
     path = images if kind == "images" else story
     more = [*LAWS[name], "model.dropout=0.1", "log.samples=2", *(["data.flip=true"] if kind == "images" else [])]
     if name == "nearest" and kind == "text":
         more.append("diffusion.neighbours=8")
     assert train.main(words(path, *more, name="whole")) == 0, capsys.readouterr().err
-    assert stopped_after(monkeypatch, 2, lambda: train.main(words(path, *more))) == 128 + signal.SIGTERM
+    assert stopped_after(2, lambda: train.main(words(path, *more))) == 128 + signal.SIGTERM
     assert train.main(["--resume", "runs/r", "--device", "cpu", "--quiet"]) == 0
     assert last().read_bytes() == last("whole").read_bytes()
     suffix = {"images": ".png", "text": ".txt"}[kind]

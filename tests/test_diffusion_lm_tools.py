@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,6 @@ TINY = [
     "train.warmup=1",
 ]
 SHORT = ["log.every=1", "log.samples=0", "sample.columns=2", "sample.steps=5"]
-WORDS = "the cat sat on the mat and the dog ran after a quick brown fox that jumps over the lazy dog in the sun "
 CPU = ["--device", "cpu", "--quiet"]
 
 
@@ -63,12 +62,6 @@ def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.chdir(tmp_path)
     with kernels.use("reference"):
         yield
-
-
-@pytest.fixture
-def story(tmp_path: Path) -> Path:
-    (tmp_path / "story.txt").write_text(WORDS * 12)
-    return tmp_path / "story.txt"
 
 
 def words(path: Path, *more: str, name: str = "r", steps: int = 4) -> list[str]:
@@ -178,25 +171,10 @@ def test_a_step_noises_as_the_definitions_do(story: Path) -> None:
     assert set(np.diff(np.sort(times))) <= {3, 4}  # spread evenly
 
 
-def stopped_after(monkeypatch: pytest.MonkeyPatch, k: int, run: Callable[[], int]) -> int:
-    step = trainer.Trainer.step
-    with monkeypatch.context() as patch:
-
-        def stopped(self: trainer.Trainer) -> trainer.Step:
-            if self.done == k - 1:
-                signal.raise_signal(signal.SIGTERM)
-            return step(self)
-
-        patch.setattr(trainer.Trainer, "step", stopped)
-        return run()
-
-
-def test_it_trains_resumes_bit_for_bit_and_samples(
-    story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_trains_resumes_bit_for_bit_and_samples(story: Path, stopped_after: Any, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["model.dropout=0.1", "log.samples=2"]
     assert train.main(words(story, *more, name="whole")) == 0, capsys.readouterr().err
-    assert stopped_after(monkeypatch, 2, lambda: train.main(words(story, *more))) == 128 + signal.SIGTERM
+    assert stopped_after(2, lambda: train.main(words(story, *more))) == 128 + signal.SIGTERM
     assert train.main(["--resume", "runs/r", *CPU]) == 0
     assert last().read_bytes() == last("whole").read_bytes()
     assert sorted(p.name for p in Path("runs/whole/samples").iterdir()) == ["final_00000004.txt", "step_00000002.txt"]

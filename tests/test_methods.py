@@ -315,21 +315,12 @@ def test_the_variance_is_not_guided_and_the_settings_of_guidance_reach_it() -> N
     ],
 )
 def test_every_method_trains_resumes_bit_for_bit_and_samples(
-    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, more: list[str]
+    images: Path, stopped_after: Any, capsys: pytest.CaptureFixture[str], method: str, more: list[str]
 ) -> None:
     own = SAMPLERS[method][0]
     more = [*more, f"sample.steps={FEW.get(own, 4)}", "log.samples=2", "model.dropout=0.1", "data.flip=true"]
     assert train.main(words(images, method, *more, name="whole")) == 0
-    step = trainer.Trainer.step
-    with monkeypatch.context() as patch:
-
-        def stopped(self: trainer.Trainer) -> trainer.Step:
-            if self.done == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return step(self)
-
-        patch.setattr(trainer.Trainer, "step", stopped)
-        assert train.main(words(images, method, *more)) == 128 + signal.SIGTERM
+    assert stopped_after(2, lambda: train.main(words(images, method, *more))) == 128 + signal.SIGTERM
     assert train.main(["--resume", str(run_of(images)), "--device", "cpu", "--quiet"]) == 0
     assert last(run_of(images)).read_bytes() == last(run_of(images, "whole")).read_bytes()
     assert (run_of(images, "whole") / "samples" / "step_00000002.png").exists()
@@ -356,25 +347,17 @@ def test_every_method_trains_resumes_bit_for_bit_and_samples(
 
 @pytest.mark.parametrize("own", [["train.loss=hybrid"], ["train.weighting=p2", "diffusion.prediction=v"]])
 def test_times_drawn_by_their_losses_go_on_bit_for_bit(
-    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own: list[str]
+    images: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: Any, capsys: pytest.CaptureFixture[str], own: list[str]
 ) -> None:
     """Their history is in the checkpoint: stopped before and after it is full, and resumed, the run is the unbroken one."""
     monkeypatch.setattr(methods.variance, "ImportanceTimes", partial(variance.ImportanceTimes, history=2))
     more = [*own, "train.importance=true", "diffusion.T=5", "diffusion.schedule=cosine", "sample.steps=3"]
     assert train.main(words(images, "ddpm", *more, name="whole", steps=12)) == 0
-    step, warm = trainer.Trainer.step, []
+    warm: list[bool] = []
     for k in (1, 10):
-        with monkeypatch.context() as patch:
-
-            def stopped(self: trainer.Trainer, k: int = k) -> trainer.Step:
-                if self.done == k:
-                    signal.raise_signal(signal.SIGTERM)
-                    assert self.process.history is not None
-                    warm.append(self.process.history.warm)
-                return step(self)
-
-            patch.setattr(trainer.Trainer, "step", stopped)
-            assert train.main(words(images, "ddpm", *more, name=f"r{k}", steps=12)) == 128 + signal.SIGTERM
+        given = words(images, "ddpm", *more, name=f"r{k}", steps=12)
+        seen = stopped_after(k + 1, partial(train.main, given), lambda t: warm.append(t.process.history.warm))
+        assert seen == 128 + signal.SIGTERM
         assert train.main(["--resume", str(run_of(images, f"r{k}")), "--device", "cpu", "--quiet"]) == 0
         assert last(run_of(images, f"r{k}")).read_bytes() == last(run_of(images, "whole")).read_bytes()
     assert warm == [False, True]
