@@ -1,4 +1,4 @@
-"""Sums and copies between the kernels, for arrays of any library: compiled for NumPy in float32, the library's own otherwise.
+"""Sums and copies between the kernels, for arrays of any library: in float32 compiled for NumPy, kernels for CuPy; else its own.
 
 Unlike the kernels these check nothing: networks call them with arrays that fit. ``empty`` results come from the active pool.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import buffers, dispatch, recording
-from .arrays import array_module
+from .arrays import array_module, is_cupy
 
 Array = Any
 FEW = 1 << 14  # elements
@@ -21,6 +21,22 @@ FEW = 1 << 14  # elements
 @cache
 def _compiled() -> ModuleType:
     return importlib.import_module(".cpu.elementwise", __package__)
+
+
+@cache
+def _launchers() -> ModuleType:
+    return importlib.import_module(".gpu.elementwise", __package__)
+
+
+def _on_gpu(*arrays: Array) -> bool:
+    """Whether the GPU's kernels take these arrays."""
+    for a in arrays:
+        if type(a) is np.ndarray or not is_cupy(a) or a.dtype != np.float32 or not a.flags.c_contiguous:
+            return False
+    if dispatch.chosen() != "auto":
+        return False
+    recording.refuse("arrays on a GPU")
+    return True
 
 
 def _fast(*arrays: Array) -> bool:
@@ -44,6 +60,8 @@ def fill(a: Array, value: float) -> None:
     """Set all elements to ``value``."""
     if _gains(a):
         _compiled().fill(a, value)
+    elif _on_gpu(a):
+        _launchers().fill(a, value)
     else:
         a.fill(value)
 
@@ -63,6 +81,8 @@ def add(a: Array, b: Array, out: Array = None) -> Array:
     if _gains(a, b, out):
         _compiled().add(a, b, out)
         return out
+    if _on_gpu(a, b, out):
+        return _launchers().add(a, b, out)
     return xp.add(a, b, out=out)
 
 
@@ -70,6 +90,8 @@ def add_columns(x: Array, at: int, out: Array) -> None:
     """out[..., at..] += x."""
     if _gains(x, out):
         _compiled().add_columns(x.reshape(-1, x.shape[-1]), at, out.reshape(-1, out.shape[-1]))
+    elif _on_gpu(x, out):
+        _launchers().add_columns(x, at, out)
     else:
         part = out[..., at : at + x.shape[-1]]
         part += x
@@ -77,6 +99,8 @@ def add_columns(x: Array, at: int, out: Array) -> None:
 
 def concat(a: Array, b: Array) -> Array:
     """[a, b] along the last axis."""
+    if _on_gpu(a, b):
+        return _launchers().concat(a, b)
     n, m = a.shape[-1], b.shape[-1]
     y = buffers.empty((*a.shape[:-1], n + m), a.dtype, array_module(a))
     if _gains(a, b, y):
@@ -91,6 +115,8 @@ def concat(a: Array, b: Array) -> Array:
 
 def channels(x: Array, at: int, count: int) -> Array:
     """A copy of x[..., at..at+count]."""
+    if _on_gpu(x):
+        return _launchers().channels(x, at, count)
     y = buffers.empty((*x.shape[:-1], count), x.dtype, array_module(x))
     if _gains(x, y):
         _compiled().copy_columns(x.reshape(-1, x.shape[-1]), at, y.reshape(-1, count), 0, count)
@@ -106,6 +132,8 @@ def add_channels(x: Array, emb: Array, at: int, out: Array = None) -> Array:
         out = buffers.empty(x.shape, x.dtype, xp)
     if _gains(x, emb, out):
         _compiled().add_channels(x.reshape(shape), emb, at, out.reshape(shape))
+    elif _on_gpu(x, emb, out):
+        _launchers().add_channels(x, emb, at, out)
     else:
         xp.add(x.reshape(shape), emb[:, None, at : at + shape[2]], out=out.reshape(shape))
     return out
@@ -113,6 +141,8 @@ def add_channels(x: Array, emb: Array, at: int, out: Array = None) -> Array:
 
 def sum_places(x: Array) -> Array:
     """Σ over all axes but the first and the last."""
+    if _on_gpu(x):
+        return _launchers().sum_places(x)
     flat = x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
     if not _fast(x):
         return array_module(x).einsum("bpc->bc", flat)
@@ -123,7 +153,9 @@ def sum_places(x: Array) -> Array:
 
 
 def take_rows(table: Array, index: Array) -> Array:
-    """table[index]; table (rows, E), index integers of any shape in 0..rows-1."""
+    """table[index]; table (rows, E), index integers of any shape in 0..rows-1, beyond which a GPU gives NaN."""
+    if _on_gpu(table) and is_cupy(index):
+        return _launchers().take_rows(table, index)
     if recording.active.get() is None or not _fast(table):  # NumPy looks at the range of the index
         return table[index]
     y = buffers.empty((*index.shape, table.shape[1]), np.float32)
@@ -133,6 +165,8 @@ def take_rows(table: Array, index: Array) -> Array:
 
 def sum_into_rows(x: Array, index: Array, rows: int) -> Array | None:
     """(rows, E): in row r the sum of x[i] over index[i] = r, in their order. None where it is not compiled for these arrays."""
+    if _on_gpu(x) and is_cupy(index):
+        return _launchers().sum_into_rows(x, index, rows)
     if not _fast(x):
         return None
     y = buffers.empty((rows, x.shape[-1]), np.float32)
@@ -143,6 +177,9 @@ def sum_into_rows(x: Array, index: Array, rows: int) -> Array | None:
 def time_features(t: Array, origin: float, omega: np.ndarray, cos_first: bool) -> Array | None:
     """[sin(ω_i (t − origin)), cos(…)] (B, 2h) float32 for t (B,) float64 and omega (h,); t − origin and its products with ω are
     rounded to the dtype of omega. None where it is not compiled for these arrays."""
+    if type(t) is not np.ndarray and is_cupy(t) and dispatch.chosen() == "auto":
+        recording.refuse("times on a GPU")
+        return _launchers().time_features(array_module(t).ascontiguousarray(t, dtype=np.float64), origin, omega, cos_first)
     if type(t) is not np.ndarray or dispatch.chosen() != "auto":
         recording.refuse("features of the times")
         return None
@@ -151,3 +188,17 @@ def time_features(t: Array, origin: float, omega: np.ndarray, cos_first: bool) -
     y = buffers.empty((len(t), 2 * len(omega)), np.float32)
     _compiled().time_features(t, origin, omega, cos_first, buffers.empty(t.shape, omega.dtype), y)
     return y
+
+
+def upsample(x: Array) -> Array:
+    """Nearest-neighbour doubling of (B, H, W, C) to (B, 2H, 2W, C), where no convolution follows that could read it doubled."""
+    if _on_gpu(x):
+        return _launchers().upsample(x)
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def upsample_backward(dy: Array) -> Array:
+    """The transpose of :func:`upsample`: Σ over 2 × 2 places of (B, 2H, 2W, C)."""
+    if _on_gpu(dy):
+        return _launchers().upsample_backward(dy)
+    return (dy[:, ::2, ::2] + dy[:, ::2, 1::2]) + (dy[:, 1::2, ::2] + dy[:, 1::2, 1::2])

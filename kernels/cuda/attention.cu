@@ -1,205 +1,302 @@
 // Softmax attention over tokens (samples, T, heads, d), forward and backward, never storing the T x T scores.
 //
-// A warp owns ROWS tokens (queries, or keys in the pass that makes dk and dv) and meets the other tokens 32 at a time in shared memory:
-// for the scores lane j stands for token j of the tile, for the sums over tokens lane i stands for the features i, i + 32, ...
+// A warp owns 4 ROWS tokens (queries, or keys in the pass that makes dk and dv) and meets the other tokens a TILE at a time, from shared
+// memory. Lane l stands in row group l / 8 and column l % 8: of the products it makes those of the rows l / 8 + 4 r with the tile's tokens
+// l % 8 + 8 c, of the sums over tokens the same rows' features, an eighth of them. So a float read from shared memory is used by 2 or more
+// multiplications. Heads of d features are filled up with zeros to D.
 #include "common.cuh"
 
-const int WARPS = 8;
+const int TILE = 32;            // tokens
+const int COLUMNS = TILE / 8;   // of a lane
+const int WEIGHTS = TILE + 8;   // pitch of a warp's weights: its four row groups write to different banks
+
+// Pitch of tokens in shared memory: an odd number of 16-byte words, so that eight tokens' lie in different banks.
+template <int D> __device__ constexpr int pitch() { return D + 4; }
 
 struct Head {
-  int tokens, d;
+  int tokens, d, warp, lane;
   int64 first, stride;  // element (token, i) lies at first + token * stride + i
   int64 scores;         // where this head's tokens begin in lse and delta, (samples, heads, T)
   int row;              // the warp's first token
+  bool wide;            // every token begins at a multiple of 16 bytes, and d is one of 4
 
   // blockIdx.x = (sample, head, block of tokens), the last fastest
-  template <int ROWS> static __device__ __forceinline__ Head make(int tokens, int heads, int d) {
-    int blocks = (tokens + WARPS * ROWS - 1) / (WARPS * ROWS), which = blockIdx.x / blocks;
+  template <int ROWS> static __device__ __forceinline__ Head make(int tokens, int heads, int d, int wide) {
+    int own = blockDim.x / 8 * ROWS, blocks = (tokens + own - 1) / own, which = blockIdx.x / blocks;
     Head h;
     h.tokens = tokens;
     h.d = d;
+    h.warp = threadIdx.x / 32;
+    h.lane = threadIdx.x % 32;
     h.stride = (int64)heads * d;
     h.first = (int64)(which / heads) * tokens * h.stride + (int64)(which % heads) * d;
     h.scores = (int64)which * tokens;
-    h.row = (blockIdx.x % blocks * WARPS + threadIdx.x / 32) * ROWS;
+    h.row = blockIdx.x % blocks * own + h.warp * 4 * ROWS;
+    h.wide = wide;
     return h;
   }
+
+  __device__ __forceinline__ int group() const { return lane / 8; }
+  __device__ __forceinline__ int column() const { return lane % 8; }
 };
 
-// tile[j * pitch + i] = feature i of token start + j, 0 past the end
-__device__ __forceinline__ void load_tile(float* tile, const float* from, const Head& h, int start, int pitch) {
-  for (int j = threadIdx.x / 32; j < 32; j += WARPS)
-    for (int i = threadIdx.x % 32; i < h.d; i += 32)
-      tile[j * pitch + i] = start + j < h.tokens ? from[h.first + (start + j) * h.stride + i] : 0.0f;
-}
-
-// rows[r * d + i] = feature i of the warp's token r, 0 past the end
-template <int ROWS> __device__ __forceinline__ void load_rows(float* rows, const float* from, const Head& h) {
-  for (int r = 0; r < ROWS; ++r)
-    for (int i = threadIdx.x % 32; i < h.d; i += 32)
-      rows[r * h.d + i] = h.row + r < h.tokens ? from[h.first + (h.row + r) * h.stride + i] : 0.0f;
-}
-
-// s[r] = row r . token `lane` of the tile
-template <int ROWS> __device__ __forceinline__ void products(float (&s)[ROWS], const float* rows, const float* tile, int d, int pitch) {
-  const float* mine = tile + threadIdx.x % 32 * pitch;
+// The features of `count` tokens from `start` on into shared memory, zeros past the end, by `threads` threads of which this is one; four
+// reads of a thread are under way at once.
+template <int D>
+__device__ __forceinline__ void load_tokens(float* to, const float* from, const Head& h, int start, int count, int thread, int threads) {
+  for (int first = thread; first < count * (D / 4); first += 4 * threads) {
+    float v[4][4] = {};
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) s[r] = 0.0f;
-  for (int i = 0; i < d; ++i) {
-    float v = mine[i];
+    for (int u = 0; u < 4; ++u) {
+      int k = first + u * threads, token = start + k / (D / 4), i = k % (D / 4) * 4;
+      const float* at = from + h.first + token * h.stride + i;
+      bool inside = k < count * (D / 4) && token < h.tokens;
+      if (h.wide) {
+        if (inside && i < h.d) load<4>(v[u], at);
+      } else {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) s[r] = fmaf(rows[r * d + i], v, s[r]);
-  }
-}
-
-// sum[r][c] += sum over the tile's tokens j of weight[r] (of lane j) * feature lane + 32 c of token j
-template <int ROWS, int CHUNKS>
-__device__ __forceinline__ void accumulate(float (&sum)[ROWS][CHUNKS], const float (&weight)[ROWS], const float* tile, int d, int pitch) {
-  int lane = threadIdx.x % 32;
-#pragma unroll 4
-  for (int j = 0; j < 32; ++j) {
-    float v[CHUNKS];
+        for (int e = 0; e < 4; ++e)
+          if (inside && i + e < h.d) v[u][e] = at[e];
+      }
+    }
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) v[c] = lane + 32 * c < d ? tile[j * pitch + lane + 32 * c] : 0.0f;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      float w = __shfl_sync(EVERY_LANE, weight[r], j);
-#pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) sum[r][c] = fmaf(w, v[c], sum[r][c]);
+    for (int u = 0; u < 4; ++u) {
+      int k = first + u * threads;
+      if (k < count * (D / 4)) save<4>(to + k / (D / 4) * pitch<D>() + k % (D / 4) * 4, v[u]);
     }
   }
 }
 
-template <int ROWS, int CHUNKS>
-__device__ __forceinline__ void save_rows(float* to, const float (&sum)[ROWS][CHUNKS], const float (&factor)[ROWS], const Head& h) {
-  int lane = threadIdx.x % 32;
+// s[r][c] = row r . column c
+template <int D, int ROWS>
+__device__ __forceinline__ void products(float (&s)[ROWS][COLUMNS], const float* rows, const float* tile, const Head& h) {
+  const float *mine = rows + h.group() * pitch<D>(), *other = tile + h.column() * pitch<D>();
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c)
-      if (h.row + r < h.tokens && lane + 32 * c < h.d) to[h.first + (h.row + r) * h.stride + lane + 32 * c] = sum[r][c] * factor[r];
+    for (int c = 0; c < COLUMNS; ++c) s[r][c] = 0.0f;
+#pragma unroll (D >= 64 ? 1 : 2)
+  for (int i = 0; i < D; i += 4) {
+    float a[ROWS][4], b[COLUMNS][4];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) load<4>(a[r], mine + 4 * r * pitch<D>() + i);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) load<4>(b[c], other + 8 * c * pitch<D>() + i);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[r][c] = fmaf(a[r][e], b[c][e], s[r][c]);
+  }
 }
 
-template <int ROWS, int CHUNKS>
+// A lane's features of a row: RUN neighbours from feature<D>(lane, k) on, for k = 0, RUN, ..., D / 8 - RUN
+template <int D> __device__ constexpr int run() { return D >= 32 ? 4 : D / 8; }
+template <int D> __device__ __forceinline__ int feature(const Head& h, int k) { return k * 8 + h.column() * run<D>(); }
+
+// sum[r] += sum over the tile's first `count` tokens of weight[r] (token) * features. The warp's weights go through shared memory, where
+// nothing else lies between two barriers of the block.
+template <int D, int ROWS>
+__device__ __forceinline__ void accumulate(float (&sum)[ROWS][D / 8], const float (&weight)[ROWS][COLUMNS], float* weights,
+                                           const float* tile, int count, const Head& h) {
+  const int RUN = run<D>();
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) weights[(h.group() + 4 * r) * WEIGHTS + h.column() + 8 * c] = weight[r][c];
+  __syncwarp();
+#pragma unroll (D >= 64 ? 1 : 2)
+  for (int j = 0; j < count; j += 4) {
+    float w[ROWS][4];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) load<4>(w[r], weights + (h.group() + 4 * r) * WEIGHTS + j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+#pragma unroll
+      for (int k = 0; k < D / 8; k += RUN) {
+        float v[RUN];
+        load<RUN>(v, tile + (j + e) * pitch<D>() + feature<D>(h, k));
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int i = 0; i < RUN; ++i) sum[r][k + i] = fmaf(w[r][e], v[i], sum[r][k + i]);
+      }
+  }
+}
+
+template <int D, int ROWS>
+__device__ __forceinline__ void save_rows(float* to, const float (&sum)[ROWS][D / 8], const float (&factor)[ROWS], const Head& h) {
+  const int RUN = run<D>();
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    int row = h.row + h.group() + 4 * r;
+    if (row >= h.tokens) continue;
+#pragma unroll
+    for (int k = 0; k < D / 8; k += RUN) {
+      int first = feature<D>(h, k);
+      float* at = to + h.first + row * h.stride + first;
+      float v[RUN];
+#pragma unroll
+      for (int i = 0; i < RUN; ++i) v[i] = sum[r][k + i] * factor[r];
+      if (h.wide) {
+        if (first < h.d) save<RUN>(at, v);
+      } else {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i)
+          if (first + i < h.d) at[i] = v[i];
+      }
+    }
+  }
+}
+
+// Over the eight columns of a row
+__device__ __forceinline__ float row_sum(float v) {
+#pragma unroll
+  for (int offset = 4; offset; offset >>= 1) v += __shfl_xor_sync(EVERY_LANE, v, offset);
+  return v;
+}
+__device__ __forceinline__ float row_max(float v) {
+#pragma unroll
+  for (int offset = 4; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(EVERY_LANE, v, offset));
+  return v;
+}
+
+template <int D, int ROWS>
 __device__ __forceinline__ void forward(const float* q, const float* k, const float* v, float* out, float* lse, int tokens, int heads,
-                                        int d, float scale) {
+                                        int d, float scale, int wide) {
   extern __shared__ float shared[];
-  Head h = Head::make<ROWS>(tokens, heads, d);
-  int lane = threadIdx.x % 32, pitch = d | 1;
-  float *keys = shared, *values = keys + 32 * pitch, *queries = values + 32 * pitch + threadIdx.x / 32 * ROWS * d;
-  load_rows<ROWS>(queries, q, h);
-  float sum[ROWS][CHUNKS] = {}, top[ROWS], total[ROWS], factor[ROWS];
+  const float NOTHING = __int_as_float(0xff800000);  // -infinity
+  Head h = Head::make<ROWS>(tokens, heads, d, wide);
+  float *keys = shared, *values = keys + TILE * pitch<D>();
+  float *queries = values + TILE * pitch<D>() + h.warp * 4 * ROWS * (pitch<D>() + WEIGHTS), *weights = queries + 4 * ROWS * pitch<D>();
+  load_tokens<D>(queries, q, h, h.row, 4 * ROWS, h.lane, 32);
+  float sum[ROWS][D / 8] = {}, top[ROWS], total[ROWS] = {};
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) top[r] = __int_as_float(0xff800000), total[r] = 0.0f;  // -infinity
+  for (int r = 0; r < ROWS; ++r) top[r] = NOTHING;
 
-  for (int start = 0; start < tokens; start += 32) {
+  for (int start = 0; start < tokens; start += TILE) {
     __syncthreads();
-    load_tile(keys, k, h, start, pitch);
-    load_tile(values, v, h, start, pitch);
+    load_tokens<D>(keys, k, h, start, TILE, threadIdx.x, blockDim.x);
+    load_tokens<D>(values, v, h, start, TILE, threadIdx.x, blockDim.x);
     __syncthreads();
-    float s[ROWS];
-    products<ROWS>(s, queries, keys, d, pitch);
+    float s[ROWS][COLUMNS];
+    products<D, ROWS>(s, queries, keys, h);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      float score = start + lane < tokens ? s[r] * scale : __int_as_float(0xff800000);
-      float higher = fmaxf(top[r], warp_max(score)), shrink = expf(top[r] - higher);
-      s[r] = expf(score - higher);
-      total[r] = fmaf(total[r], shrink, warp_sum(s[r]));
+      float higher = top[r];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        s[r][c] = start + h.column() + 8 * c < tokens ? s[r][c] * scale : NOTHING;
+        higher = fmaxf(higher, s[r][c]);
+      }
+      higher = row_max(higher);
+      float shrink = expf(top[r] - higher);
       top[r] = higher;
+      total[r] *= shrink;
 #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) sum[r][c] *= shrink;
+      for (int c = 0; c < COLUMNS; ++c) {
+        s[r][c] = expf(s[r][c] - higher);
+        total[r] += s[r][c];
+      }
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) sum[r][i] *= shrink;
     }
-    accumulate(sum, s, values, d, pitch);
+    accumulate<D, ROWS>(sum, s, weights, values, min(TILE, tokens - start), h);
   }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    factor[r] = 1.0f / total[r];
-    if (lane == 0 && h.row + r < tokens) lse[h.scores + h.row + r] = top[r] + logf(total[r]);
+    int row = h.row + h.group() + 4 * r;
+    float all = row_sum(total[r]);
+    if (h.column() == 0 && row < tokens) lse[h.scores + row] = top[r] + logf(all);
+    total[r] = 1.0f / all;
   }
-  save_rows(out, sum, factor, h);
+  save_rows<D, ROWS>(out, sum, total, h);
 }
 
-// delta = sum over features of do o, (samples, heads, T); one warp for each (sample, token, head)
-extern "C" __global__ void __launch_bounds__(256) attention_delta(const float* __restrict__ dout, const float* __restrict__ out,
-                                                                  float* __restrict__ delta, int samples, int tokens, int heads, int d) {
-  int64 row = (int64)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (row >= (int64)samples * tokens * heads) return;
-  float sum = 0.0f;
-  for (int i = threadIdx.x % 32; i < d; i += 32) sum = fmaf(dout[row * d + i], out[row * d + i], sum);
-  sum = warp_sum(sum);
-  int64 place = row / heads;
-  int head = row % heads;
-  if (threadIdx.x % 32 == 0) delta[(place / tokens * heads + head) * tokens + place % tokens] = sum;
-}
-
-// With P = exp(scale q k - lse) and dS = P (do v - delta): dq = scale sum_keys dS k (KEYS false: a warp owns queries), or
-// dk = scale sum_queries dS q and dv = sum_queries P do (KEYS true: a warp owns keys).
-template <bool KEYS, int ROWS, int CHUNKS>
-__device__ __forceinline__ void backward(const float* dout, const float* q, const float* k, const float* v, const float* lse,
-                                         const float* delta, float* first, float* second, int tokens, int heads, int d, float scale) {
+// With P = exp(scale q k - lse), delta = sum over features of do o and dS = P (do v - delta): dq = scale sum_keys dS k and delta (KEYS false:
+// a warp owns queries), or dk = scale sum_queries dS q and dv = sum_queries P do (KEYS true: a warp owns keys).
+template <bool KEYS, int D, int ROWS>
+__device__ __forceinline__ void backward(const float* dout, const float* q, const float* k, const float* v, const float* out,
+                                         const float* lse, float* delta, float* first, float* second, int tokens, int heads, int d,
+                                         float scale, int wide) {
   extern __shared__ float shared[];
-  Head h = Head::make<ROWS>(tokens, heads, d);
-  int lane = threadIdx.x % 32, pitch = d | 1;
-  float *tile1 = shared, *tile2 = tile1 + 32 * pitch;
-  float *rows1 = tile2 + 32 * pitch + threadIdx.x / 32 * 2 * ROWS * d, *rows2 = rows1 + ROWS * d;
-  load_rows<ROWS>(rows1, KEYS ? k : q, h);
-  load_rows<ROWS>(rows2, KEYS ? v : dout, h);
-  float sum1[ROWS][CHUNKS] = {}, sum2[ROWS][CHUNKS] = {}, log_total[ROWS], offset[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    bool mine = !KEYS && h.row + r < tokens;
-    log_total[r] = mine ? lse[h.scores + h.row + r] : 0.0f;
-    offset[r] = mine ? delta[h.scores + h.row + r] : 0.0f;
-  }
-  for (int start = 0; start < tokens; start += 32) {
-    __syncthreads();
-    load_tile(tile1, KEYS ? q : k, h, start, pitch);
-    load_tile(tile2, KEYS ? dout : v, h, start, pitch);
-    __syncthreads();
-    bool inside = start + lane < tokens;
-    float tile_log = KEYS && inside ? lse[h.scores + start + lane] : 0.0f, tile_delta = KEYS && inside ? delta[h.scores + start + lane] : 0.0f;
-    float p[ROWS], ds[ROWS];
-    products<ROWS>(p, rows1, tile1, d, pitch);
-    products<ROWS>(ds, rows2, tile2, d, pitch);
+  Head h = Head::make<ROWS>(tokens, heads, d, wide);
+  float *tile1 = shared, *tile2 = tile1 + TILE * pitch<D>();
+  float* rows1 = tile2 + TILE * pitch<D>() + h.warp * 4 * ROWS * (2 * pitch<D>() + (KEYS ? 2 : 1) * WEIGHTS);
+  float *rows2 = rows1 + 4 * ROWS * pitch<D>(), *weights = rows2 + 4 * ROWS * pitch<D>();
+  load_tokens<D>(rows1, KEYS ? k : q, h, h.row, 4 * ROWS, h.lane, 32);
+  load_tokens<D>(rows2, KEYS ? v : dout, h, h.row, 4 * ROWS, h.lane, 32);
+  float sum1[ROWS][D / 8] = {}, sum2[ROWS][D / 8] = {}, log_total[ROWS] = {}, offset[ROWS] = {};
+  if (!KEYS) {
+    __syncwarp();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      p[r] = inside ? expf(fmaf(p[r], scale, -(KEYS ? tile_log : log_total[r]))) : 0.0f;
-      ds[r] = inside ? p[r] * (ds[r] - (KEYS ? tile_delta : offset[r])) : 0.0f;
+      int row = h.row + h.group() + 4 * r;
+      bool inside = row < tokens;
+      for (int i = h.column(); inside && i < d; i += 8)
+        offset[r] = fmaf(rows2[(h.group() + 4 * r) * pitch<D>() + i], out[h.first + row * h.stride + i], offset[r]);
+      offset[r] = row_sum(offset[r]);
+      if (inside) log_total[r] = lse[h.scores + row];
+      if (inside && h.column() == 0) delta[h.scores + row] = offset[r];
     }
-    accumulate(sum1, ds, tile1, d, pitch);
-    if (KEYS) accumulate(sum2, p, tile2, d, pitch);
+  }
+  for (int start = 0; start < tokens; start += TILE) {
+    __syncthreads();
+    load_tokens<D>(tile1, KEYS ? q : k, h, start, TILE, threadIdx.x, blockDim.x);
+    load_tokens<D>(tile2, KEYS ? dout : v, h, start, TILE, threadIdx.x, blockDim.x);
+    __syncthreads();
+    float p[ROWS][COLUMNS], ds[ROWS][COLUMNS];
+    products<D, ROWS>(p, rows1, tile1, h);
+    products<D, ROWS>(ds, rows2, tile2, h);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      int token = start + h.column() + 8 * c;
+      bool inside = token < tokens;
+      float tile_log = KEYS && inside ? lse[h.scores + token] : 0.0f, tile_delta = KEYS && inside ? delta[h.scores + token] : 0.0f;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        p[r][c] = inside ? expf(fmaf(p[r][c], scale, -(KEYS ? tile_log : log_total[r]))) : 0.0f;
+        ds[r][c] = inside ? p[r][c] * (ds[r][c] - (KEYS ? tile_delta : offset[r])) : 0.0f;
+      }
+    }
+    int count = min(TILE, tokens - start);
+    accumulate<D, ROWS>(sum1, ds, weights, tile1, count, h);
+    if (KEYS) accumulate<D, ROWS>(sum2, p, weights + 4 * ROWS * WEIGHTS, tile2, count, h);
   }
   float factor[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) factor[r] = scale;
-  save_rows(first, sum1, factor, h);
+  save_rows<D, ROWS>(first, sum1, factor, h);
   if (!KEYS) return;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) factor[r] = 1.0f;
-  save_rows(second, sum2, factor, h);
+  save_rows<D, ROWS>(second, sum2, factor, h);
 }
 
-// The features of a head, at most 32 CHUNKS; the number of rows keeps a warp's sums in registers.
-#define ATTENTION(FEATURES, ROWS, CHUNKS)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                                                                 \
-      attention_forward_##FEATURES(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,              \
-                                   float* __restrict__ out, float* __restrict__ lse, int tokens, int heads, int d, float scale) {      \
-    forward<ROWS, CHUNKS>(q, k, v, out, lse, tokens, heads, d, scale);                                                                 \
+// The features of a head, at most D; the rows of a lane keep its sums in registers.
+#define ATTENTION(D, FORWARD_ROWS, BACKWARD_ROWS)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(128, D <= 64 ? 3 : 2)                                                                   \
+      attention_forward_##D(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,                     \
+                            float* __restrict__ out, float* __restrict__ lse, int tokens, int heads, int d, float scale, int wide) {   \
+    forward<D, FORWARD_ROWS>(q, k, v, out, lse, tokens, heads, d, scale, wide);                                                        \
   }                                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                                                                 \
-      attention_dq_##FEATURES(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,                \
-                              const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,             \
-                              float* __restrict__ dq, int tokens, int heads, int d, float scale) {                                     \
-    backward<false, ROWS, CHUNKS>(dout, q, k, v, lse, delta, dq, nullptr, tokens, heads, d, scale);                                    \
+  extern "C" __global__ void __launch_bounds__(128, D <= 64 ? 3 : 2)                                                                   \
+      attention_dq_##D(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,                       \
+                       const float* __restrict__ v, const float* __restrict__ out, const float* __restrict__ lse,                      \
+                       float* __restrict__ delta, float* __restrict__ dq, int tokens, int heads, int d, float scale, int wide) {       \
+    backward<false, D, BACKWARD_ROWS>(dout, q, k, v, out, lse, delta, dq, nullptr, tokens, heads, d, scale, wide);                     \
   }                                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                                                                 \
-      attention_dkv_##FEATURES(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,               \
-                               const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,            \
-                               float* __restrict__ dk, float* __restrict__ dv, int tokens, int heads, int d, float scale) {            \
-    backward<true, ROWS, CHUNKS>(dout, q, k, v, lse, delta, dk, dv, tokens, heads, d, scale);                                          \
+  extern "C" __global__ void __launch_bounds__(128, D <= 32 ? 3 : 2)                                                                   \
+      attention_dkv_##D(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,                      \
+                        const float* __restrict__ v, const float* __restrict__ lse, float* __restrict__ delta, float* __restrict__ dk, \
+                        float* __restrict__ dv, int tokens, int heads, int d, float scale, int wide) {                                 \
+    backward<true, D, BACKWARD_ROWS>(dout, q, k, v, nullptr, lse, delta, dk, dv, tokens, heads, d, scale, wide);                       \
   }
 
-ATTENTION(32, 4, 1)
-ATTENTION(64, 4, 2)
-ATTENTION(128, 2, 4)
-ATTENTION(256, 2, 8)
+ATTENTION(8, 4, 4)
+ATTENTION(16, 4, 4)
+ATTENTION(32, 4, 4)
+ATTENTION(64, 4, 4)
+ATTENTION(128, 4, 2)
+ATTENTION(256, 2, 2)

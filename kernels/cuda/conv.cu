@@ -1,6 +1,6 @@
 // Convolution (kernels 1 and 3, stride 1 and 2, nearest-neighbour doubling of the input, padding before and after) as a matrix product whose
 // left operand is read out of the image where it stands. One product makes a 64 x 64 tile of the result, 16 deep at a time:
-//   forward          y[place, cout]    = sum over (tap, cin)  x[place + tap, cin] w[tap, cin, cout]
+//   forward          y[place, cout]    = sum over (tap, cin)  x[place + tap, cin] w[tap, cin, cout] + bias[cout] + shift[image, cout] + residual
 //   input gradient   dx[place, cin]    = sum over (tap, cout) dy[place - tap, cout] w[tap, cin, cout]
 //   weight gradient  dw[tap cin, cout] = sum over places      x[place + tap, cin] dy[place, cout]    (in slices of places, added in order)
 #include "common.cuh"
@@ -202,28 +202,43 @@ __device__ __forceinline__ void multiply(float (&sum)[4][4], float (&column)[4],
   }
 }
 
-// The block's tile to rows of `lines` values, with an optional bias along them.
+// What is added to a result where it is stored; a null pointer adds nothing.
+struct Epilogue {
+  const float* bias;      // (columns)
+  const float* shift;     // (images, columns): the time embedding of an image, for its `places` lines
+  const float* residual;  // (lines, columns): may be what the result is written over
+  int places;
+};
+
+template <bool WIDE> __device__ __forceinline__ void add_row(float (&v)[4], const float* from, int n) {
+  float more[4];
+  load4<WIDE>(more, from, n);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] += more[j];
+}
+
+// The block's tile to its place in (m, n).
 template <bool WIDE>
-__device__ __forceinline__ void save_tile(float* to, float (&sum)[4][4], const float* bias, int m0, int n0, int m, int n) {
+__device__ __forceinline__ void save_tile(float* to, float (&sum)[4][4], const Epilogue& e, int m0, int n0, int m, int n) {
   int y = m0 + threadIdx.x / 16 * 4, x = n0 + threadIdx.x % 16 * 4;
   if (x >= n) return;
-  float extra[4] = {};
-  if (bias) load4<WIDE>(extra, bias + x, n - x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (y + i >= m) return;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[i][j] += extra[j];
-    save4<WIDE>(to + (int64)(y + i) * n + x, sum[i], n - x);
+    int64 at = (int64)(y + i) * n + x;
+    if (e.bias) add_row<WIDE>(sum[i], e.bias + x, n - x);
+    if (e.shift) add_row<WIDE>(sum[i], e.shift + (int64)((y + i) / e.places) * n + x, n - x);
+    if (e.residual) add_row<WIDE>(sum[i], e.residual + at, n - x);
+    save4<WIDE>(to + at, sum[i], n - x);
   }
 }
 
 // blockIdx.x counts the tiles of lines, blockIdx.y the tiles of columns, blockIdx.z the slices of the sum.
-template <bool WIDE> __device__ __forceinline__ void forward(const Conv& s, const float* x, const float* w, const float* bias, float* y) {
+template <bool WIDE> __device__ __forceinline__ void forward(const Conv& s, const float* x, const float* w, const Epilogue& e, float* y) {
   int places = s.batch * s.rows * s.cols, m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, depths = s.kernel * s.kernel * s.cin;
   float sum[4][4] = {}, column[4] = {};
   multiply(sum, column, false, Patches<WIDE, false>(s, x, m0, places), Matrix<WIDE>(w, n0, s.cout, depths), 0, depths);
-  save_tile<WIDE>(y, sum, bias, m0, n0, places, s.cout);
+  save_tile<WIDE>(y, sum, e, m0, n0, places, s.cout);
 }
 
 template <bool WIDE> __device__ __forceinline__ void input_gradient(const Conv& s, const float* dy, const float* w, float* dx) {
@@ -231,7 +246,7 @@ template <bool WIDE> __device__ __forceinline__ void input_gradient(const Conv& 
   float sum[4][4] = {}, column[4] = {};
   multiply(sum, column, false, Patches<WIDE, true>(s, dy, m0, places), WeightsBack<WIDE>(s, w, n0), 0,
            s.kernel * s.kernel * s.up * s.up * s.cout);
-  save_tile<WIDE>(dx, sum, nullptr, m0, n0, places, s.cin);
+  save_tile<WIDE>(dx, sum, Epilogue{}, m0, n0, places, s.cin);
 }
 
 // Slice z holds the products over its places as (tap cin + 1, cout): the last line is the sum of dy, the gradient of the bias.
@@ -242,7 +257,7 @@ __device__ __forceinline__ void weight_gradient(const Conv& s, const float* x, c
   float* slice = slices + (int64)blockIdx.z * (lines + 1) * s.cout;
   float sum[4][4] = {}, column[4] = {};
   multiply(sum, column, blockIdx.x == 0, PatchesByTap<WIDE>(s, x, m0, end), Matrix<WIDE>(dy, n0, s.cout, end), begin, end);
-  save_tile<WIDE>(slice, sum, nullptr, m0, n0, lines, s.cout);
+  save_tile<WIDE>(slice, sum, Epilogue{}, m0, n0, lines, s.cout);
   int n = n0 + threadIdx.x * 4;
   if (blockIdx.x == 0 && threadIdx.x < 16 && n < s.cout) save4<WIDE>(slice + (int64)lines * s.cout + n, column, s.cout - n);
 }
@@ -263,9 +278,9 @@ extern "C" __global__ void __launch_bounds__(256) conv_sum(const float* __restri
 #define CONVOLUTION(SUFFIX, WIDE)                                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                                        \
       conv_forward_##SUFFIX(const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias,                      \
-                            float* __restrict__ y, CONV_PARAMETERS) {                                                                      \
+                            const float* __restrict__ shift, const float* residual, float* y, CONV_PARAMETERS) {                           \
     Conv shape = CONV;                                                                                                                     \
-    forward<WIDE>(shape, x, w, bias, y);                                                                                                   \
+    forward<WIDE>(shape, x, w, Epilogue{bias, shift, residual, rows * cols}, y);                                                           \
   }                                                                                                                                        \
   extern "C" __global__ void __launch_bounds__(256)                                                                                        \
       conv_input_##SUFFIX(const float* __restrict__ dy, const float* __restrict__ w, float* __restrict__ dx, CONV_PARAMETERS) {            \

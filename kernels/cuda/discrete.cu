@@ -75,8 +75,8 @@ struct Elements {
 
 extern "C" __global__ void __launch_bounds__(256)
     categorical(const float* logits, int* out, int count, int size, int columns, int span, unsigned seed_low, unsigned seed_high,
-                unsigned step, unsigned stream, unsigned first_sample) {
-  Draw draw{seed_low, seed_high, step, stream};
+                unsigned step, unsigned stream, unsigned first_sample, const int* counter) {
+  Draw draw = counted(Draw{seed_low, seed_high, step, stream}, counter);
   int lane = threadIdx.x & 31, warps = gridDim.x * (blockDim.x / 32);
   for (int64 warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; warp * span < count; warp += warps) {
     Elements at(warp, span, count, size);
@@ -91,12 +91,13 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// rows[index] = (keep, spread, C, D); mask < 0 for a uniform law. `out` may be `x_t`.
+// rows[index] = (keep, spread, C, D), where a counter is given at its value behind that; mask < 0 for a uniform law. `out` may be `x_t`.
 extern "C" __global__ void __launch_bounds__(256)
     categorical_posterior(const float* logits, const int* x_t, const float* rows, int index, int mask, int* out, int count, int size,
                           int columns, int span, unsigned seed_low, unsigned seed_high, unsigned step, unsigned stream,
-                          unsigned first_sample) {
-  Draw draw{seed_low, seed_high, step, stream};
+                          unsigned first_sample, const int* counter) {
+  Draw draw = counted(Draw{seed_low, seed_high, step, stream}, counter);
+  if (counter) index += *counter;
   float keep = rows[4 * index], spread = rows[4 * index + 1], c = rows[4 * index + 2], d = rows[4 * index + 3];
   float move = add(c, d);
   float soft = mul(spread, c), even = mul(mul(spread, d), (float)columns);
@@ -141,16 +142,16 @@ extern "C" __global__ void __launch_bounds__(256)
 // elements that lie a run apart. A time that does not exist gives -1. `out` may be `x0`.
 extern "C" __global__ void __launch_bounds__(256)
     categorical_q_sample(const int* x0, const int64* t, const float* keep, int levels, int states, int mask, int* out, int items,
-                         int counters, int size, unsigned seed_low, unsigned seed_high, unsigned step, unsigned stream,
-                         unsigned first_sample) {
-  Draw draw{seed_low, seed_high, step, stream}, other = second(draw);
+                         int walks, int size, unsigned seed_low, unsigned seed_high, unsigned step, unsigned stream,
+                         unsigned first_sample, const int* counter) {
+  Draw draw = counted(Draw{seed_low, seed_high, step, stream}, counter), other = second(draw);
   for (int64 item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += (int64)gridDim.x * blockDim.x) {
-    int sample = (int)item / counters, counter = (int)item - sample * counters;
-    int first = BLOCK * (counter / RUN) + counter % RUN;
+    int sample = (int)item / walks, walk = (int)item - sample * walks;
+    int first = BLOCK * (walk / RUN) + walk % RUN;
     int64 level = t[sample], base = (int64)sample * size;
     bool known = level >= 0 && level < levels;
     float stay = known ? keep[level] : 0.0f;
-    uint4 count = make_uint4((unsigned)counter, first_sample + sample, draw.step, draw.stream);
+    uint4 count = make_uint4((unsigned)walk, first_sample + sample, draw.step, draw.stream);
     uint4 r = philox(count, seed_low, seed_high), q = make_uint4(0u, 0u, 0u, 0u);
     count.w = other.stream;
     if (mask < 0) q = philox(count, seed_low, seed_high);

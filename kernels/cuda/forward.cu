@@ -6,8 +6,8 @@ template <bool MADE, bool WIDE>
 __device__ __forceinline__ void noised(const float* x0, const int64* t, const float* signal, const float* noise, int levels,
                                        const float* eps, float* out, float* eps_out, int items, int lanes, int size,
                                        const Draw& draw, unsigned first_sample) {
-  for (int64 item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += (int64)gridDim.x * blockDim.x) {
-    Walk at((int)item, lanes, size);
+  for EVERY_ITEM(item, items) {
+    Walk at(item, lanes, size);
     int64 level = t[at.sample];
     bool known = level >= 0 && level < levels;  // a time that does not exist gives NaN, not a stray read
     float a = known ? signal[level] : __int_as_float(0x7fc00000);
@@ -33,9 +33,9 @@ __device__ __forceinline__ void noised(const float* x0, const int64* t, const fl
   extern "C" __global__ void __launch_bounds__(256)                                                                          \
       name(const float* x0, const int64* t, const float* signal, const float* noise, int levels, const float* eps, float* out, \
            float* eps_out, int items, int lanes, int size, unsigned seed_low, unsigned seed_high, unsigned step,             \
-           unsigned stream, unsigned first_sample) {                                                                         \
+           unsigned stream, unsigned first_sample, const int* counter) {                                                     \
     noised<MADE, WIDE>(x0, t, signal, noise, levels, eps, out, eps_out, items, lanes, size,                                  \
-                       Draw{seed_low, seed_high, step, stream}, first_sample);                                               \
+                       counted(Draw{seed_low, seed_high, step, stream}, counter), first_sample);                             \
   }
 
 Q_SAMPLE(q_sample_made_wide, true, true)

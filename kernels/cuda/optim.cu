@@ -10,22 +10,33 @@ __device__ __forceinline__ double block_sum(double v) {
   return warp_sum(threadIdx.x < 8 ? part[threadIdx.x] : 0.0);
 }
 
-struct Squares {
-  const float* x;
-  double total;
-
-  template <int N> __device__ __forceinline__ void run(int64 i) {
-    float v[N];
-    load<N>(v, x + i);
+template <int N> __device__ __forceinline__ void add_squares(double& total, const float (&v)[N]) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) total = fma((double)v[k], (double)v[k], total);
-  }
-};
+  for (int k = 0; k < N; ++k) total = fma((double)v[k], (double)v[k], total);
+}
 
+// Four accesses of a thread are under way at a time.
 template <int N> __device__ __forceinline__ void squares(const float* x, double* parts, int64 n) {
-  Squares body{x, 0.0};
-  for_each<N>(n, body);
-  double total = block_sum(body.total);
+  int64 i = N * ((int64)blockIdx.x * blockDim.x + threadIdx.x), threads = (int64)N * gridDim.x * blockDim.x;
+  double total = 0.0;
+  float v[4][N], one[1];
+  for (; i + 3 * threads + N <= n; i += 4 * threads) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load<N>(v[j], x + i + j * threads);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) add_squares(total, v[j]);
+  }
+#pragma unroll 1
+  for (; i + N <= n; i += threads) {
+    load<N>(v[0], x + i);
+    add_squares(total, v[0]);
+  }
+#pragma unroll 1
+  for (; i < n; ++i) {  // fewer than N
+    load<1>(one, x + i);
+    add_squares(total, one);
+  }
+  total = block_sum(total);
   if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
@@ -45,11 +56,12 @@ extern "C" __global__ void __launch_bounds__(256) sum_parts(const double* __rest
   if (threadIdx.x == 0) out[0] = total;
 }
 
-// keep = 1 - lr weight_decay, rate = lr / (1 - beta1^step), bias2 = 1 - beta2^step; rest1, rest2, rest = 1 - beta1, 1 - beta2, 1 - decay
+// rest1, rest2 = 1 - beta1, 1 - beta2
 struct Adam {
   float *param, *m, *v, *ema;
   const float* grad;
-  float factor, beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest;
+  float factor, beta1, rest1, beta2, rest2, eps;
+  float keep, rate, bias2, decay, rest;  // 1 - lr weight_decay, lr / (1 - beta1^step), 1 - beta2^step, decay, 1 - decay
 
   template <int N> __device__ __forceinline__ void run(int64 i) {
     float ps[N], gs[N], ms[N], vs[N], es[N];
@@ -80,14 +92,32 @@ __device__ __forceinline__ float clip_factor(const double* norm_sq, float max_no
   return ratio >= 1.0f ? 1.0f : ratio;
 }
 
+__device__ __forceinline__ bool finite(const double* norm_sq) { return !norm_sq || *norm_sq - *norm_sq == 0.0; }
+
+// The five numbers of a step: those given, or for a captured graph row *counter of a table, the last one where it has ended. There a
+// gradient that is not finite changes nothing.
+__device__ __forceinline__ bool take_row(Adam& body, const float* rows, int last, const int* counter, const double* norm_sq) {
+  if (!rows) return true;
+  const float* row = rows + 5 * (int64)min(*counter, last);
+  body.keep = row[0], body.rate = row[1], body.bias2 = row[2], body.decay = row[3], body.rest = row[4];
+  return finite(norm_sq);
+}
+
 #define ADAMW(name, N)                                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                             \
       name(float* __restrict__ param, const float* __restrict__ grad, float* __restrict__ m, float* __restrict__ v,             \
            float* __restrict__ ema, const double* __restrict__ norm_sq, float max_norm, int64 n, float beta1, float rest1,      \
-           float beta2, float rest2, float eps, float keep, float rate, float bias2, float decay, float rest) {                 \
+           float beta2, float rest2, float eps, float keep, float rate, float bias2, float decay, float rest,                   \
+           const float* __restrict__ rows, int last, const int* __restrict__ counter) {                                         \
     Adam body{param, m, v, ema, grad, clip_factor(norm_sq, max_norm), beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest}; \
-    for_each<N>(n, body);                                                                                                       \
+    if (take_row(body, rows, last, counter, norm_sq)) for_each<N>(n, body);                                                     \
   }
 
 ADAMW(adamw_wide, 4)
 ADAMW(adamw_any, 1)
+
+// One thread: the counter of the steps made goes up by one, or that of the steps skipped where the sum of squares is not a finite number.
+extern "C" __global__ void count(int* made, int* skipped, const double* __restrict__ norm_sq) {
+  if (finite(norm_sq)) *made += 1;
+  else if (skipped) *skipped += 1;
+}

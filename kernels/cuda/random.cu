@@ -4,8 +4,8 @@
 
 template <bool WIDE>
 __device__ __forceinline__ void fill(float* out, int items, int lanes, int size, const Draw& draw, unsigned first_sample) {
-  for (int64 item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += (int64)gridDim.x * blockDim.x) {
-    Walk at((int)item, lanes, size);
+  for EVERY_ITEM(item, items) {
+    Walk at(item, lanes, size);
     float z[4][4];
     normals16(z, draw, first_sample + at.sample, at.lane);
 #pragma unroll
@@ -17,9 +17,10 @@ __device__ __forceinline__ void fill(float* out, int items, int lanes, int size,
 }
 
 #define NORMALS(name, WIDE)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) name(float* __restrict__ out, int items, int lanes, int size, unsigned seed_low, \
-                                                         unsigned seed_high, unsigned step, unsigned stream, unsigned first_sample) { \
-    fill<WIDE>(out, items, lanes, size, Draw{seed_low, seed_high, step, stream}, first_sample);                                      \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                  \
+      name(float* __restrict__ out, int items, int lanes, int size, unsigned seed_low, unsigned seed_high, unsigned step,            \
+           unsigned stream, unsigned first_sample, const int* __restrict__ counter) {                                                \
+    fill<WIDE>(out, items, lanes, size, counted(Draw{seed_low, seed_high, step, stream}, counter), first_sample);                    \
   }
 
 NORMALS(normals_wide, true)

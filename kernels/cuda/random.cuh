@@ -11,6 +11,12 @@ struct Draw {                // what a normal depends on besides the sample and 
   unsigned seed_low, seed_high, step, stream;
 };
 
+// The draw of a step counted from what a counter on the device holds, where there is one: a captured graph draws anew each time.
+__device__ __forceinline__ Draw counted(Draw draw, const int* counter) {
+  if (counter) draw.step += *counter;
+  return draw;
+}
+
 __device__ __forceinline__ uint4 philox(uint4 counter, unsigned key0, unsigned key1) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -26,39 +32,54 @@ __device__ __forceinline__ uint4 philox(uint4 counter, unsigned key0, unsigned k
 __device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 
-// -2 ln u with u = (r / 256 + 1) 2^-24 in (0, 1]
-__device__ __forceinline__ float minus_2_log(unsigned r) {
-  unsigned bits = __float_as_uint((float)((r >> 8) + 1u)) - 0x3F3504F3u;
-  float q = (float)((int)(bits >> 23) - 24);
-  float x = add(__uint_as_float((bits & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);  // u = 2^q (1 + x), sqrt(1/2) <= 1 + x < sqrt(2)
-  float y = add(mul(7.0376836292e-2f, x), -1.1514610310e-1f);
-  y = add(mul(y, x), 1.1676998740e-1f);
-  y = add(mul(y, x), -1.2420140846e-1f);
-  y = add(mul(y, x), 1.4249322787e-1f);
-  y = add(mul(y, x), -1.6668057665e-1f);
-  y = add(mul(y, x), 2.0000714765e-1f);
-  y = add(mul(y, x), -2.4999993993e-1f);
-  y = add(mul(y, x), 3.3333331174e-1f);
+// 2 ln u with u = (r / 256 + 1) 2^-24 in (0, 1]. Powers of two may stand where the definition, -2 ln u, has them not, and a product that is
+// exact may join the addition behind it: fmaf rounds as the two would.
+__device__ __forceinline__ float log_2(unsigned r) {
+  const float unit = 1.1920928955078125e-7f;  // 2^-23
+  unsigned f = __float_as_uint((float)((r >> 8) + 1u)), power = (f - 0x4B3504F3u) & 0xFF800000u;
+  float q = (float)(int)power;                                     // 2^23 times the exponent
+  float x = add(__uint_as_float(f - power - 0x0C000000u), -1.0f);  // u = 2^exponent (1 + x), sqrt(1/2) <= 1 + x < sqrt(2)
+  float y = add(mul(2 * 7.0376836292e-2f, x), 2 * -1.1514610310e-1f);
+  y = add(mul(y, x), 2 * 1.1676998740e-1f);
+  y = add(mul(y, x), 2 * -1.2420140846e-1f);
+  y = add(mul(y, x), 2 * 1.4249322787e-1f);
+  y = add(mul(y, x), 2 * -1.6668057665e-1f);
+  y = add(mul(y, x), 2 * 2.0000714765e-1f);
+  y = add(mul(y, x), 2 * -2.4999993993e-1f);
+  y = add(mul(y, x), 2 * 3.3333331174e-1f);
   float z = mul(x, x);
   y = mul(mul(y, x), z);
-  y = add(y, mul(q, -2.12194440e-4f));
-  y = add(y, mul(-0.5f, z));
-  return mul(-2.0f, add(add(x, y), mul(q, 0.693359375f)));
+  y = add(y, mul(q, 2 * unit * -2.12194440e-4f));
+  y = add(y, -z);
+  return fmaf(q, 2 * unit * 0.693359375f, fmaf(2.0f, x, y));
+}
+
+// sqrt(-v), rounded once, for v = 0 and for 2^-30 < -v < 2^30: what the library does where it needs no scaling, without its branch.
+__device__ __forceinline__ float root_of_minus(float v) {
+  float y = rsqrtf(add(1e-30f, -v));  // finite at 0, and elsewhere of v itself
+  float s = mul(-v, y);
+  return fmaf(fmaf(-s, s, -v), mul(0.5f, y), s);
 }
 
 // (cos, sin) of a uniform angle: the octant from the top 3 bits of r, the angle in it from the next 24
 __device__ __forceinline__ float2 cos_sin(unsigned r) {
-  float t = mul((float)((r >> 5) & 0xFFFFFFu), 4.6813379e-8f);  // [0, pi/4)
+  float t = mul((float)(int)(r & 0x1FFFFFE0u), 4.6813379e-8f * 0.03125f);  // [0, pi/4)
   float z = mul(t, t);
   float s = add(mul(-1.9515295891e-4f, z), 8.3321608736e-3f);
   s = add(mul(s, z), -1.6666654611e-1f);
   s = add(mul(mul(s, z), t), t);
   float c = add(mul(2.443315711809948e-5f, z), -1.388731625493765e-3f);
   c = add(mul(c, z), 4.166664568298827e-2f);
-  c = add(add(mul(mul(c, z), z), mul(-0.5f, z)), 1.0f);
-  bool odd = (r >> 29) & 1u;
-  float a = odd ? s : c, b = odd ? c : s;
-  return make_float2((r >> 30) & 1u ? -a : a, (r >> 31) ? -b : b);
+  c = add(fmaf(-0.5f, z, mul(mul(c, z), z)), 1.0f);
+  float a, b;  // (c, s), in odd octants (s, c)
+#ifdef __CUDA_ARCH__
+  asm("{ .reg .pred odd; .reg .b32 bit; and.b32 bit, %4, 0x20000000; setp.ne.b32 odd, bit, 0; selp.f32 %0, %3, %2, odd; selp.f32 %1, %2, %3, odd; }"
+      : "=f"(a), "=f"(b) : "f"(c), "f"(s), "r"(r));
+#else
+  bool odd = r & 0x20000000u;
+  a = odd ? s : c, b = odd ? c : s;
+#endif
+  return make_float2(__uint_as_float(__float_as_uint(a) ^ (r << 1 & 0x80000000u)), __uint_as_float(__float_as_uint(b) ^ (r & 0x80000000u)));
 }
 
 // The 16 normals of one thread: z[word][i] belongs to element 1024 (lane / 64) + 256 word + 4 (lane % 64) + i of the sample.
@@ -66,7 +87,7 @@ __device__ __forceinline__ void normals16(float (&z)[4][4], const Draw& draw, un
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint4 r = philox(make_uint4(4u * lane + i, sample, draw.step, draw.stream), draw.seed_low, draw.seed_high);
-    float radius0 = __fsqrt_rn(minus_2_log(r.x)), radius1 = __fsqrt_rn(minus_2_log(r.z));
+    float radius0 = root_of_minus(log_2(r.x)), radius1 = root_of_minus(log_2(r.z));
     float2 angle0 = cos_sin(r.y), angle1 = cos_sin(r.w);
     z[0][i] = mul(radius0, angle0.x);
     z[1][i] = mul(radius0, angle0.y);
@@ -79,13 +100,17 @@ __device__ __forceinline__ void normals16(float (&z)[4][4], const Draw& draw, un
 struct Walk {
   int sample, lane, first;   // first: the lane's first element in run 0
   int64 base;                // where the sample begins
-  __device__ __forceinline__ Walk(int item, int lanes, int size) {
-    sample = item / lanes;
-    lane = item - sample * lanes;
+  __device__ __forceinline__ Walk(unsigned item, unsigned lanes, int size) {
+    unsigned whole = item / lanes;  // divisions and products of unsigned numbers take fewer instructions
+    sample = (int)whole;
+    lane = (int)(item - whole * lanes);
     first = BLOCK * (lane >> 6) + 4 * (lane & 63);
-    base = (int64)sample * size;
+    base = (int64)((unsigned long long)whole * (unsigned)size);
   }
 };
+
+// Every item of a walk of a thread, below 2^31
+#define EVERY_ITEM(item, items) (unsigned item = blockIdx.x * blockDim.x + threadIdx.x; item < (unsigned)items; item += gridDim.x * blockDim.x)
 
 // ---- draws of states: the words of the same counters, one for each element
 

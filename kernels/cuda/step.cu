@@ -3,13 +3,23 @@
 //   x' = a x + b x0 + e m + h1 y1 + h2 y2 + h3 y3 + g guidance + c z
 //   y  = u x + w x0 + r m          (to `store`)
 // rows[row] = p q a b e h1 h2 h3 g c u w r, and z is made with the step `step` of the generator; where a counter is given, its value is added
-// to both, so that a captured graph walks the table by itself. A pointer that is null leaves its term out. Every array may be one of the others.
+// to both, so that a captured graph walks the table by itself. A pointer that is null leaves its term out, infinite limits the
+// clipping. Every array may be one of the others.
 #include "common.cuh"
 #include "random.cuh"
 
 enum Noise { NONE, GIVEN, MADE };
 
-__device__ __forceinline__ float clipped(float v, float low, float high) { return v < low ? low : v > high ? high : v; }  // NaN stays NaN
+// Two instructions; NaN stays NaN, as it does not in fmaxf and fminf.
+__device__ __forceinline__ float clipped(float v, float low, float high) {
+#ifdef __CUDA_ARCH__
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(v), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(v), "f"(high));
+  return v;
+#else
+  return v < low ? low : v > high ? high : v;
+#endif
+}
 
 template <bool WIDE> __device__ __forceinline__ void add_term(float (&y)[4], float k, const float* from, int64 at, int n) {
   if (!from) return;
@@ -21,15 +31,15 @@ template <bool WIDE> __device__ __forceinline__ void add_term(float (&y)[4], flo
 
 template <Noise NOISE, bool WIDE>
 __device__ __forceinline__ void advance(const float* x, const float* m, const float* rows, int row, unsigned step, const int* counter,
-                                        const float* y1, const float* y2, const float* y3, const float* guidance, const float* noise, int clip,
-                                        float low, float high, float* out, float* store, int items, int lanes, int size,
+                                        const float* y1, const float* y2, const float* y3, const float* guidance, const float* noise, float low,
+                                        float high, float* out, float* store, int items, int lanes, int size,
                                         unsigned seed_low, unsigned seed_high, unsigned stream, unsigned first_sample) {
   if (counter) row += *counter, step += *counter;
   const float* k = rows + 13 * row;
   float p = k[0], q = k[1], a = k[2], b = k[3], e = k[4], h1 = k[5], h2 = k[6], h3 = k[7], g = k[8], c = k[9];
   float u = k[10], w = k[11], r = k[12];
-  for (int64 item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += (int64)gridDim.x * blockDim.x) {
-    Walk at((int)item, lanes, size);
+  for EVERY_ITEM(item, items) {
+    Walk at(item, lanes, size);
     float z[4][4];
     if (NOISE == MADE) normals16(z, Draw{seed_low, seed_high, step, stream}, first_sample + at.sample, at.lane);
 #pragma unroll
@@ -42,8 +52,7 @@ __device__ __forceinline__ void advance(const float* x, const float* m, const fl
       load4<WIDE>(ms, m + place, n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x0[i] = fmaf(p, xs[i], q * ms[i]);
-        if (clip) x0[i] = clipped(x0[i], low, high);
+        x0[i] = clipped(fmaf(p, xs[i], q * ms[i]), low, high);
         y[i] = fmaf(e, ms[i], fmaf(b, x0[i], a * xs[i]));
       }
       add_term<WIDE>(y, h1, y1, place, n);
@@ -63,11 +72,11 @@ __device__ __forceinline__ void advance(const float* x, const float* m, const fl
 }
 
 #define STEP(name, NOISE, WIDE)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                     \
       name(const float* x, const float* m, const float* rows, int row, unsigned step, const int* counter, const float* y1, const float* y2, \
-           const float* y3, const float* guidance, const float* noise, int clip, float low, float high, float* out, float* store,     \
+           const float* y3, const float* guidance, const float* noise, float low, float high, float* out, float* store,     \
            int items, int lanes, int size, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned first_sample) {           \
-    advance<NOISE, WIDE>(x, m, rows, row, step, counter, y1, y2, y3, guidance, noise, clip, low, high, out, store, items, lanes, size, seed_low, \
+    advance<NOISE, WIDE>(x, m, rows, row, step, counter, y1, y2, y3, guidance, noise, low, high, out, store, items, lanes, size, seed_low, \
                          seed_high, stream, first_sample);                                                                            \
   }
 

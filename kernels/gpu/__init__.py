@@ -5,6 +5,9 @@ A launcher turns shapes into a grid, wraps each scalar in the NumPy type of the 
 block, args, shared)``. So the same launchers run on the host where a test puts another device in its place (:func:`on`).
 
 Sums are made in a fixed order without atomics: the same call gives the same bits.
+
+For steps captured as graphs there are :func:`counted`, which makes rows and noise follow a counter on the device, :func:`count`,
+which moves it, and :func:`adamw_ema_by_table`.
 """
 
 from ..compile import require_gpu
@@ -12,13 +15,17 @@ from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight
 from .diffusion import normals, q_sample, step
 from .discrete import categorical, categorical_posterior, categorical_q_sample
-from .launch import on
+from .launch import counted, on
+from .losses import cross_entropy, squared_error
 from .norm import group_norm_silu, group_norm_silu_backward
-from .optim import adamw_ema, sum_squares
+from .optim import adamw_ema, adamw_ema_by_table, adamw_row, count, sum_squares
+from .rows import softmax, softmax_backward
 from .tokens import add_gated, add_gated_backward, layer_norm, layer_norm_backward, rotary, silu, silu_backward
 
 __all__ = [
     "adamw_ema",
+    "adamw_ema_by_table",
+    "adamw_row",
     "add_gated",
     "add_gated_backward",
     "attention",
@@ -29,6 +36,9 @@ __all__ = [
     "conv2d",
     "conv2d_backward_input",
     "conv2d_backward_weight",
+    "count",
+    "counted",
+    "cross_entropy",
     "group_norm_silu",
     "group_norm_silu_backward",
     "layer_norm",
@@ -40,6 +50,9 @@ __all__ = [
     "rotary",
     "silu",
     "silu_backward",
+    "softmax",
+    "softmax_backward",
+    "squared_error",
     "step",
     "sum_squares",
 ]

@@ -55,12 +55,8 @@ def conv2d(
     out = empty((x.shape[0], rows, cols, cout), x.dtype, device.xp) if out is None else out
     if out.size:
         grid = (_tiles(x.shape[0] * rows * cols), _tiles(cout))
-        name = f"conv_forward_{_conv_suffix(cin, cout, x, w, bias, out)}"
-        device.launch("conv", name, grid, (THREADS,), (x, w, bias, out, *sizes))
-    if shift is not None:
-        out += shift[:, None, None]
-    if residual is not None:
-        out += residual
+        name = f"conv_forward_{_conv_suffix(cin, cout, x, w, bias, shift, residual, out)}"
+        device.launch("conv", name, grid, (THREADS,), (x, w, bias, shift, residual, out, *sizes))
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from ..buffers import empty
 from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
-from .launch import THREADS, aligned, blocks, current, draw, i32, table, u32
+from .launch import THREADS, aligned, blocks, counter, current, draw, i32, table, u32
 
 Array = Any
 
@@ -27,7 +27,7 @@ def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_s
     if walk:
         grid, sizes, suffix = walk
         words = draw(seed, step, stream, first_sample)
-        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *words))
+        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *words, counter()))
     return out
 
 
@@ -60,7 +60,7 @@ def q_sample(
         )
         words = draw(seed, step, stream, first_sample)
         name = f"q_sample_{'made' if made else 'given'}_{suffix}"
-        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *words))
+        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *words, counter()))
     return out, eps if eps_out is None else eps_out
 
 
@@ -88,12 +88,13 @@ def step(
     walk = _walk(samples, x.size // max(samples, 1), x, m, *past, guidance, given, out, store)
     if walk:
         grid, sizes, suffix = walk
-        low, high = clip or (0.0, 0.0)
-        whole = not isinstance(rows, np.ndarray) or not rows.flags.writeable
+        low, high = clip or (-np.inf, np.inf)
+        moved = counter()
+        whole = moved is not None or not isinstance(rows, np.ndarray) or not rows.flags.writeable
         coefficients, row = (table(device, rows), i) if whole else (table(device, rows[i : i + 1]), 0)
-        limits = (np.int32(clip is not None), np.float32(low), np.float32(high))
         words = (u32(seed), u32(seed >> 32), u32(stream), u32(first_sample))
         name = f"step_{'made' if made else 'none' if noise is None else 'given'}_{suffix}"
-        args = (x, m, coefficients, np.int32(row), u32(i), None, *past, guidance, given, *limits, out, store, *sizes, *words)
+        args = (x, m, coefficients, np.int32(row), u32(i), moved, *past, guidance, given)
+        args = (*args, np.float32(low), np.float32(high), out, store, *sizes, *words)
         device.launch("step", name, grid, (THREADS,), args)
     return out

@@ -7,7 +7,7 @@ import numpy as np
 from ..buffers import empty
 from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
-from .launch import THREADS, blocks, current, draw, i32, table
+from .launch import THREADS, blocks, counter, current, draw, i32, table
 
 Array = Any
 
@@ -27,7 +27,7 @@ def categorical(
     out = empty(log_weights.shape[:-1], np.int32, device.xp) if out is None else out
     if out.size:
         grid, sizes = _walk(out.shape, out.size, log_weights.shape[-1])
-        args = (log_weights, out, *sizes, *draw(seed, step, stream, first_sample))
+        args = (log_weights, out, *sizes, *draw(seed, step, stream, first_sample), counter())
         device.launch("discrete", "categorical", grid, (THREADS,), args)
     return out
 
@@ -50,7 +50,7 @@ def categorical_posterior(
         grid, sizes = _walk(out.shape, out.size, logits.shape[-1])
         states = device.xp.asarray(x_t, dtype=np.int32)
         words = draw(seed, index if step is None else step, stream, first_sample)
-        args = (logits, states, table(device, rows), np.int32(index), np.int32(mask), out, *sizes, *words)
+        args = (logits, states, table(device, rows), np.int32(index), np.int32(mask), out, *sizes, *words, counter())
         device.launch("discrete", "categorical_posterior", grid, (THREADS,), args)
     return out
 
@@ -76,7 +76,6 @@ def categorical_q_sample(
         law = i32(len(keep)), np.int32(states), np.int32(mask)
         sizes = i32(out.shape[0] * counters), i32(counters), i32(size)
         words = draw(seed, step, stream, first_sample)
-        device.launch(
-            "discrete", "categorical_q_sample", blocks(out.shape[0] * counters), (THREADS,), (*given, *law, out, *sizes, *words)
-        )
+        args = (*given, *law, out, *sizes, *words, counter())
+        device.launch("discrete", "categorical_q_sample", blocks(out.shape[0] * counters), (THREADS,), args)
     return out

@@ -15,8 +15,9 @@ Array = Any
 Device = Any
 
 THREADS = 256
-MOST_BLOCKS = 4096  # of a kernel that strides over the grid: several for each place on the largest GPU
+MOST_BLOCKS = 1 << 14  # of a kernel that strides over the grid: ten for each place on the largest GPU, lest the last be alone
 _device: ContextVar[Device | None] = ContextVar("device", default=None)
+_counter: ContextVar[Array | None] = ContextVar("counter", default=None)
 _cuda = cache(Cuda)
 
 
@@ -33,6 +34,28 @@ def on(device: Device) -> Iterator[Device]:
         yield device
     finally:
         _device.reset(token)
+
+
+@contextmanager
+def counted(counter: Array) -> Iterator[Array]:
+    """Launch kernels that count their step from ``counter``, an int32 array of one element on the device.
+
+    What :func:`normals`, :func:`q_sample` and the draws of states take as ``step``, and :func:`step` as its row, is then added to
+    what the counter holds when the kernel runs. So a graph that was captured once makes new noise, and goes to the next row, each
+    time that it is launched; its last kernel is :func:`count`.
+    """
+    if counter.dtype != np.int32 or counter.size != 1:
+        raise ValueError(f"counter must be an int32 array of one element, not {counter.dtype} {tuple(counter.shape)}")
+    token = _counter.set(counter)
+    try:
+        yield counter
+    finally:
+        _counter.reset(token)
+
+
+def counter() -> Array | None:
+    """The counter of :func:`counted`, or None: the null pointer."""
+    return _counter.get()
 
 
 def i32(value: int) -> np.int32:
@@ -52,9 +75,9 @@ def draw(seed: int, step: int, stream: int, first_sample: int) -> tuple[np.uint3
     return u32(seed), u32(seed >> 32), u32(step), u32(stream), u32(first_sample)
 
 
-def blocks(threads: int) -> tuple[int]:
+def blocks(threads: int, most: int = MOST_BLOCKS) -> tuple[int]:
     """The grid of a kernel that strides over it."""
-    return (min(-(-threads // THREADS), MOST_BLOCKS),)
+    return (min(-(-threads // THREADS), most),)
 
 
 def _address(a: Array) -> int:
@@ -71,18 +94,18 @@ def access(count: int, *arrays: Array | None) -> int:
     return next(w for w in (4, 2, 1) if count % w == 0 and aligned(*arrays, bytes_=4 * w))
 
 
-_tables: dict[tuple[int, int], Array] = {}
+_tables: dict[tuple[int, int, Any], Array] = {}
 
 
-def table(device: Device, values: Array) -> Array:
-    """``values`` as float32 on the device. A host array that cannot be written to is sent once for as long as it lives."""
+def table(device: Device, values: Array, dtype: Any = np.float32) -> Array:
+    """``values`` as ``dtype`` on the device. A host array that cannot be written to is sent once for as long as it lives."""
     xp = device.xp
     if xp is np or not isinstance(values, np.ndarray):
-        return xp.asarray(values, dtype=np.float32)
+        return xp.asarray(values, dtype=dtype)
     if values.flags.writeable or not values.flags.owndata:
-        return xp.asarray(values.astype(np.float32))
-    key = (id(values), xp.cuda.runtime.getDevice())
+        return xp.asarray(values.astype(dtype))
+    key = (id(values), xp.cuda.runtime.getDevice(), dtype)
     if key not in _tables:
-        _tables[key] = xp.asarray(values.astype(np.float32))
+        _tables[key] = xp.asarray(values.astype(dtype))
         weakref.finalize(values, _tables.pop, key, None)
     return _tables[key]

@@ -8,11 +8,21 @@ import numpy as np
 from .. import reference
 from ..buffers import empty
 from .launch import THREADS, access, aligned, blocks, current, i32
+from .rows import FEW_THREADS, MOST_BLOCKS
 
 Array = Any
 
+# Channels of a token that a warp holds in registers, as in the kernels.
+HELD = {"wide": 1024, "any": 512}
+HELD_BACKWARD = {"wide": 512, "any": 256}
 RUN = 16  # tokens summed by one block; fixed, so that the order of the sum is
 SHARED = 48 << 10  # bytes of shared memory that every GPU gives a block
+
+
+def _way(held: dict[str, int], channels: int, *arrays: Array | None) -> str:
+    """The end of a kernel's name: whether a token stays in registers, and the floats of an access."""
+    suffix = "wide" if access(channels, *arrays) == 4 else "any"
+    return f"{'short' if channels <= held[suffix] else 'long'}_{suffix}"
 
 
 def silu(x: Array, out: Array | None = None) -> Array:
@@ -50,8 +60,9 @@ def layer_norm(
     if samples:
         sizes = (i32(samples), i32(tokens), i32(channels), np.float32(eps))
         args = (x, gamma, beta, scale, shift, out, mean, rstd, *sizes)
-        name = f"layer_norm_{access(channels, x, gamma, beta, scale, shift, out)}"
-        device.launch("tokens", name, blocks(32 * samples * tokens), (THREADS,), args)
+        way = _way(HELD, channels, x, gamma, beta, scale, shift, out)
+        grid = (min(-(-32 * samples * tokens // FEW_THREADS), MOST_BLOCKS),)
+        device.launch("tokens", f"layer_norm_{way}", grid, (FEW_THREADS,), args)
     return out, mean, rstd
 
 
@@ -77,7 +88,7 @@ def layer_norm_backward(
     runs, warps = -(-tokens // RUN), min(THREADS // 32, SHARED // each)
     parts = empty((samples, runs, 2, channels), x.dtype, device.xp)
     args = (dy, x, gamma, mean, rstd, scale, out, parts, i32(tokens), i32(channels), i32(runs), i32(RUN))
-    name = f"layer_norm_backward_{access(channels, dy, x, gamma, scale, out)}"
+    name = f"layer_norm_backward_{_way(HELD_BACKWARD, channels, dy, x, gamma, scale, out)}"
     device.launch("tokens", name, (int(i32(samples * runs)),), (32 * warps,), args, warps * each)
     grid = (-(-int(i32(samples * channels)) // THREADS),)
     sizes = (i32(samples), i32(channels), i32(runs))
