@@ -11,10 +11,11 @@ FAMILIES = {  # kernels by what they do, in the order of the legend
     "3×3 convolution": (),
     "other convolutions": (),
     "attention": ("attention",),
+    "losses and softmax": ("squared_error", "cross_entropy", "softmax"),
     "optimiser": ("sum_squares", "adamw_ema"),
     "draws of states": ("categorical",),
 }
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd", "#ff7f0e", "#8c564b")
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd", "#17becf", "#ff7f0e", "#8c564b")
 
 
 def family(row: dict[str, Any]) -> str:

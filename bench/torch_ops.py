@@ -78,6 +78,8 @@ def categorical(
 
 
 def _multinomial(weights: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # the largest of w/e with e exponential: what torch.multinomial does, and can be fused
+        return (weights / torch.empty_like(weights).exponential_()).argmax(-1).to(torch.int32)
     return torch.multinomial(weights.flatten(0, -2), 1).to(torch.int32).view(weights.shape[:-1])
 
 
@@ -94,7 +96,11 @@ def categorical_posterior(
     out: Tensor | None = None,
 ) -> Tensor:
     """The mask is the state after the last column of the logits, as in the registry's cases."""
-    keep, spread, c, d = rows[index].tolist()
+    return _posterior(logits, x_t, rows[index].tolist(), mask)
+
+
+def _posterior(logits: Tensor, x_t: Tensor, row: list[float], mask: int = -1, **rest: Any) -> Tensor:
+    keep, spread, c, d = row
     p = logits.softmax(-1)
     if mask >= 0:
         weights = torch.cat((c * p, p.new_full((*p.shape[:-1], 1), d)), dim=-1)
@@ -154,6 +160,9 @@ def _gradient(outputs: int) -> Callable[[Callable[..., Graph]], Callable[..., An
         @functools.wraps(build)
         def call(*args: Any, **kwargs: Any) -> Any:
             made = build(*args, **kwargs).gradients()
+            if (tail_out := kwargs.get("tail_out")) is not None:
+                tail_out.copy_(made[-1])
+                made = made[:-1]
             return made[0] if outputs == 1 else made + (None,) * (outputs - len(made))
 
         call.graph = build  # type: ignore[attr-defined]
@@ -191,20 +200,26 @@ def _weight_as(form: torch.memory_format, w: Tensor) -> Tensor:
     return w.permute(3, 2, 0, 1).contiguous(memory_format=form).permute(2, 3, 1, 0)
 
 
-def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False) -> Callable[[], Any]:
+def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False, backend: str = "inductor") -> Callable[[], Any]:
     """A call to be timed: only what a user of PyTorch would run, as it stands or through torch.compile.
 
     Of a gradient that is the backward pass, over a graph that is built here once; norm and attention keep their statistics to
     themselves; the coefficients of a sampler step are folded; the norm of a gradient is summed in float32. PyTorch allocates its
-    results (``out`` is left aside): what it does without is in ``torch_in_place``.
+    results (``out`` is left aside): what it does without is in ``torch_in_place``. Compiled, what PyTorch has as one call that no
+    compiler looks into (WRITTEN_OUT) is written out, so that it can be fused.
     """
+    if name in LOSSES:
+        loss, leaf = LOSSES[name], args[0].detach().requires_grad_()
+        if compiled:
+            loss = torch.compile(loss, dynamic=False, backend=backend)
+        return lambda: torch.autograd.grad(loss(leaf, *args[1:]), leaf)
     op = OPS[name]
     kwargs = {k: v for k, v in kwargs.items() if k != "out"}
     if hasattr(op, "graph"):
         graph = op.graph(*args, **kwargs)
         if compiled:
             torch._functorch.config.donated_buffer = False  # the graph is gone through more than once
-            graph = _graph(torch.compile(graph.f, dynamic=False), graph.leaves, graph.dy)
+            graph = _graph(torch.compile(graph.f, dynamic=False, backend=backend), graph.leaves, graph.dy)
         return lambda: graph.gradients(keep=True)
     bare = {
         "group_norm_silu": _normed,
@@ -213,10 +228,11 @@ def timed(name: str, args: tuple, kwargs: dict[str, Any], compiled: bool = False
         "sum_squares": torch.linalg.vector_norm,
     }
     op = bare.get(name, op)
-    if name == "step":
-        op, args = _stepped, (*args[:2], args[2][args[3]].tolist())
+    if name in ("step", "categorical_posterior"):
+        op, args = _stepped if name == "step" else _posterior, (*args[:2], args[2][args[3]].tolist())
     if compiled:
-        op = torch.compile(op, dynamic=False)
+        whole: Callable[..., Any] = WRITTEN_OUT.get(name, op)
+        op = torch.compile(whole, dynamic=False, backend=backend)
 
     def call() -> Any:
         with torch.no_grad():
@@ -260,8 +276,9 @@ def _normed(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    tail: Tensor | None = None,
 ) -> Tensor:
-    y = _last(torch.group_norm(_first(x), groups, gamma, beta, eps))
+    y = _last(torch.group_norm(_first(x if tail is None else torch.cat((x, tail), dim=-1)), groups, gamma, beta, eps))
     if scale is not None and shift is not None:
         places = (x.shape[0],) + (1,) * (x.ndim - 2) + (-1,)
         y = y * (1 + scale.view(places)) + shift.view(places)
@@ -278,7 +295,9 @@ def group_norm_silu(
     shift: Tensor | None = None,
     silu: bool = True,
     out: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = x if tail is None else torch.cat((x, tail), dim=-1)
     grouped = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
     mean = grouped.mean(dim=(1, 3))
     var = (grouped - mean[:, None, :, None]).square().mean(dim=(1, 3))
@@ -298,16 +317,18 @@ def group_norm_silu_backward(
     shift: Tensor | None = None,
     silu: bool = True,
     out: Tensor | None = None,
+    tail: Tensor | None = None,
+    tail_out: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Graph:
-    """The statistics are made again from x, with ``eps``."""
-    if scale is None or shift is None:
-        return _graph(lambda x, gamma, beta: _normed(x, gamma, beta, groups, eps, silu=silu), (x, gamma, beta), dy)
-    return _graph(
-        lambda x, gamma, beta, scale, shift: _normed(x, gamma, beta, groups, eps, scale, shift, silu),
-        (x, gamma, beta, scale, shift),
-        dy,
-    )
+    """The statistics are made again from x, with ``eps``. The gradient of a tail is the last one."""
+    modulated = scale is not None and shift is not None
+
+    def normed(x: Tensor, gamma: Tensor, beta: Tensor, *rest: Tensor) -> Tensor:
+        scale, shift = rest[:2] if modulated else (None, None)
+        return _normed(x, gamma, beta, groups, eps, scale, shift, silu, None if tail is None else rest[-1])
+
+    return _graph(normed, tuple(z for z in (x, gamma, beta, scale, shift, tail) if z is not None), dy)
 
 
 def _convolved(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, upsample: bool, pad: tuple[int, int] | None) -> Tensor:
@@ -457,6 +478,50 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
 
 
+def _squared_errors(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    value = (output - target).reshape(output.shape[0], math.prod(output.shape[1:])).square().mean(dim=1)
+    return value if weight is None else weight * value
+
+
+def _mean_squared_error(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    return F.mse_loss(output, target) if weight is None else _squared_errors(output, target, weight).mean()
+
+
+def squared_error(
+    output: Tensor, target: Tensor, weight: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _squared_errors(output, target, weight), _loss_gradient(_mean_squared_error, output, target, weight)
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    value = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long(), reduction="none")
+    return value.reshape(labels.shape), _loss_gradient(_mean_cross_entropy, logits, labels)
+
+
+def _loss_gradient(loss: Callable[..., Tensor], output: Tensor, *args: Any) -> Tensor:
+    if not output.numel():
+        return torch.zeros_like(output)
+    leaf = output.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(leaf, *args), leaf)[0]
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"squared_error": _mean_squared_error, "cross_entropy": _mean_cross_entropy}
+
+
+def softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.softmax(x, dim=-1)
+
+
+@_gradient(1)
+def softmax_backward(dy: Tensor, y: Tensor, out: Tensor | None = None) -> Graph:
+    return _graph(lambda x: F.softmax(x, dim=-1), (y.log(),), dy)
+
+
 def sum_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64).square().reshape(1)
 
@@ -486,6 +551,36 @@ def adamw_ema(
     ema.lerp_(param, 1 - ema_decay)
 
 
+def _drawn(out: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return torch.randn_like(out)
+
+
+def _adamw_written_out(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    ema: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+    norm_sq: Tensor | None = None,
+    max_norm: float = math.inf,
+) -> None:
+    if norm_sq is not None and math.isfinite(max_norm):
+        grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = (v / (1 - beta2**step)).sqrt() + eps
+    param.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-lr / (1 - beta1**step))
+    ema.lerp_(param, 1 - ema_decay)
+
+
+WRITTEN_OUT: dict[str, Callable[..., Any]] = {"normals": _drawn, "adamw_ema": _adamw_written_out}
 OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
@@ -509,6 +604,10 @@ OPS: dict[str, Callable[..., Any]] = {
         add_gated,
         add_gated_backward,
         rotary,
+        squared_error,
+        cross_entropy,
+        softmax,
+        softmax_backward,
         sum_squares,
         adamw_ema,
     )

@@ -135,6 +135,9 @@ def order(n: int, size: int, step: int, seed: int = 0) -> np.ndarray:
     for name, value, low in (("n", n, 1), ("size", size, 1), ("step", step, 0)):
         if value < low:
             raise ValueError(f"{name} must be at least {low}, not {value}")
+    epoch, at = divmod(step * size, n)
+    if at + size <= n:
+        return _epoch(n, seed, epoch)[at : at + size].copy()
     places = np.arange(step * size, (step + 1) * size)
     epochs = places // n
     return np.concatenate([_epoch(n, seed, int(e))[places[epochs == e] % n] for e in np.unique(epochs)])
@@ -142,10 +145,12 @@ def order(n: int, size: int, step: int, seed: int = 0) -> np.ndarray:
 
 def to_unit(images: Array) -> Array:
     """uint8 0..255 to float32 in [−1, 1]: x = u/127.5 − 1."""
-    if images.dtype.name != "uint8":
+    if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
     xp = array_module(images)
-    return images.astype(xp.float32) * xp.float32(1 / 127.5) - xp.float32(1)
+    x = xp.multiply(images, xp.float32(1 / 127.5), dtype=xp.float32)
+    x -= xp.float32(1)
+    return x
 
 
 def to_uint8(x: Array) -> Array:

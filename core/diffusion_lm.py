@@ -15,7 +15,7 @@ from .. import kernels
 from ..kernels import streams
 from ..kernels.arrays import array_module, native, restore, to_numpy
 from . import bound
-from .categorical import log_softmax, states
+from .categorical import states
 from .chain import Chain, Model
 from .exchange import Array, check_schedule, check_times, exchanged, flat, float_array
 from .levels import Tabulated
@@ -109,14 +109,12 @@ def rounding_loss(logits: Array, w: Array) -> tuple[Array, Array]:
 
     logits (B, …, K) float, w (B, …) integers. The gradient (softmax − one-hot)/(B·words) is with respect to the logits.
     """
-    log_p, w = log_softmax(logits), states(w, logits.shape[-1], "w")
+    K = float_array(logits, "logits").shape[-1] if logits.ndim else 1
+    w = states(w, K, "w")
     if logits.ndim < 2 or logits.shape[:-1] != w.shape or w.size == 0:
         raise ValueError(f"w must have the shape of logits but its last axis, {logits.shape[:-1]}, not empty; not {w.shape}")
-    xp, K = array_module(logits), logits.shape[-1]
-    place = w.astype(np.int64)[..., None]
-    of_words = xp.take_along_axis(log_p, place, axis=-1)[..., 0]
-    gradient = xp.exp(log_p) - (xp.arange(K) == place)
-    return -flat(of_words).mean(axis=1), (gradient * (1 / w.size)).astype(logits.dtype, copy=False)
+    value, gradient = kernels.cross_entropy(logits, w)
+    return flat(value).mean(axis=1), gradient
 
 
 @exchanged

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..kernels import counter, streams
 from ..kernels.arrays import array_module, is_native, to_numpy
 from .categorical import kl, log_prob, log_softmax, normalised, states
@@ -118,12 +119,9 @@ def _terms(
 
 def _softmax(z: Array) -> tuple[Array, Array]:
     """(softmax of z (N, D), log Σ exp z (N,) float64)."""
-    xp = array_module(z)
-    top = z.max(axis=1, keepdims=True)
-    p = xp.exp(z - top)
-    total = p.sum(axis=1, keepdims=True)
-    p /= total
-    return p, top[:, 0].astype(np.float64) + xp.log(total[:, 0].astype(np.float64))
+    xp, p = array_module(z), kernels.softmax(z)
+    largest = xp.arange(z.shape[0]), z.argmax(axis=1)
+    return p, z[largest].astype(np.float64) - xp.log(p[largest].astype(np.float64))
 
 
 def _absorbing(z: Array, x0: Array, x_t: Array, rows: Array, law: Absorbing, lam: float, scale: float | None) -> Result:
@@ -132,16 +130,13 @@ def _absorbing(z: Array, x0: Array, x_t: Array, rows: Array, law: Absorbing, lam
     masked = xp.flatnonzero(x_t == law.mask)
     _, _, C, D = rows[:, masked]
     weight = C / xp.maximum(C + D, TINY) + lam
-    p, log_total = _softmax(z[masked])
-    place, clean = xp.arange(masked.size), x0[masked]
+    value, of_mean = kernels.cross_entropy(z[masked], x0[masked])
     terms = xp.zeros(z.shape[0], np.float64)
-    terms[masked] = weight * (log_total - z[masked, clean])
+    terms[masked] = weight * value
     if scale is None:
         return terms, None
-    p[place, clean] -= 1
-    p *= (scale * weight).astype(z.dtype)[:, None]
     gradient = xp.zeros_like(z)
-    gradient[masked] = p
+    gradient[masked] = of_mean * (scale * masked.size * weight).astype(z.dtype)[:, None]
     return terms, gradient
 
 

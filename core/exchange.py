@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_foreign, is_native, native, restore, to_numpy
+from ..kernels.arrays import array_module, extremes, is_foreign, is_native, native, restore, to_numpy
 from .levels import Levels, Tabulated
 
 Array = Any
@@ -30,7 +30,9 @@ def exchanged(f: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         kind = args[0] if args else kwargs.get(names[0])
-        if not is_foreign(kind) and not isinstance(kind, np.generic) and not is_native(kind) and (args or names[0] in kwargs):
+        if type(kind) is not np.ndarray and not is_foreign(kind) and not isinstance(kind, np.generic) and not is_native(kind):
+            if not args and names[0] not in kwargs:
+                return f(*args, **kwargs)  # which raises what Python raises
             raise TypeError(f"{names[0]} must be an array, not {type(kind).__name__}")
         if wanted and (len(args) > place or "s" in kwargs):
             check_schedule(args[place] if len(args) > place else kwargs["s"], wanted)
@@ -64,8 +66,10 @@ def check_times(t: Any, low: int, high: int, batch: int | None = None) -> Any:
         return t
     if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
         raise ValueError(f"t must be an int or have shape ({'B' if batch is None else batch},), not {t.shape}")
-    if isinstance(t, np.ndarray) and t.size and not (low <= t.min() and t.max() <= high):
-        raise ValueError(f"t must be in {low}..{high}, not {t.min()}..{t.max()}")
+    if isinstance(t, np.ndarray) and t.size:
+        least, most = extremes(t)
+        if not (low <= least and most <= high):
+            raise ValueError(f"t must be in {low}..{high}, not {least}..{most}")
     return t
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..kernels.arrays import array_module, restore
-from .exchange import Array, check_times, exchanged, flat, lift
+from .exchange import Array, check_times, exchanged, flat
 from .forward import ddim_sigma
 from .levels import Tabulated
 
@@ -26,16 +27,18 @@ def weighted_loss(output: Array, target: Array, weight: Any = None) -> tuple[Arr
     if output.dtype != target.dtype or output.dtype.kind != "f":
         raise TypeError(f"output is {output.dtype}, target is {target.dtype}: want one float dtype")
     batch = output.shape[0]
-    per_sample = int(np.prod(output.shape[1:]))
-    if batch == 0 or per_sample == 0:
+    if output.size == 0:
         raise ValueError(f"output must not be empty, but has shape {output.shape}")
-    difference = output - target
-    value = array_module(output).square(difference).reshape(batch, -1).mean(axis=1)
     if weight is None:
-        return value, difference * (2 / (batch * per_sample))
+        return kernels.squared_error(output, target)
     if np.ndim(weight) > 1 or (np.ndim(weight) == 1 and len(weight) != batch):
         raise ValueError(f"weight must be a number or have shape ({batch},), not {np.shape(weight)}")
-    return lift(weight, value) * value, (lift(weight, output) * (2 / (batch * per_sample))) * difference
+    if getattr(weight, "shape", None) != (batch,) or weight.dtype != output.dtype:
+        xp = array_module(output)
+        weights = xp.empty(batch, output.dtype)
+        weights[...] = xp.asarray(weight)
+        weight = weights
+    return kernels.squared_error(output, target, weight)
 
 
 def simple_loss(output: Array, eps: Array) -> tuple[Array, Array]:

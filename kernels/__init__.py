@@ -30,6 +30,10 @@ layer_norm_backward = kernel("layer_norm_backward")
 add_gated = kernel("add_gated")
 add_gated_backward = kernel("add_gated_backward")
 rotary = kernel("rotary")
+softmax = kernel("softmax")
+softmax_backward = kernel("softmax_backward")
+squared_error = kernel("squared_error")
+cross_entropy = kernel("cross_entropy")
 sum_squares = kernel("sum_squares")
 adamw_ema = kernel("adamw_ema")
 
@@ -49,6 +53,7 @@ __all__ = [
     "conv2d",
     "conv2d_backward_input",
     "conv2d_backward_weight",
+    "cross_entropy",
     "group_norm_silu",
     "group_norm_silu_backward",
     "kernel",
@@ -60,6 +65,9 @@ __all__ = [
     "rotary",
     "silu",
     "silu_backward",
+    "softmax",
+    "softmax_backward",
+    "squared_error",
     "step",
     "streams",
     "sum_squares",

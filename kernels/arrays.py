@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+_OURS = frozenset((np.ndarray, int, float, bool, str, tuple, type(None)))  # which need no further question
+FEW = 64  # integers that Python compares sooner than NumPy
+
 
 def is_cupy(x: Any) -> bool:
     """True for a CuPy array; CuPy itself is never imported by the question."""
@@ -23,7 +26,15 @@ def is_native(x: Any) -> bool:
 
 def is_foreign(x: Any) -> bool:
     """True for an array of another library that can be exchanged through DLPack."""
-    return hasattr(x, "__dlpack__") and not is_native(x) and not isinstance(x, np.generic)
+    return type(x) not in _OURS and hasattr(x, "__dlpack__") and not is_native(x) and not isinstance(x, np.generic)
+
+
+def extremes(a: np.ndarray) -> tuple[Any, Any]:
+    """The least and the largest of integers, of which there is at least one."""
+    if a.size > FEW:
+        return a.min(), a.max()
+    some = a.reshape(-1).tolist()
+    return min(some), max(some)
 
 
 def array_module(x: Any) -> ModuleType:

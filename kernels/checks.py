@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import array_module, is_native
+from .arrays import array_module, extremes, is_native
 from .precisions import check as check_precision
 from .reference import ROW, conv_output_size
 
@@ -59,8 +59,10 @@ def _states(name: str, a: Any, shape: tuple[int, ...], like: str, largest: int) 
         raise TypeError(f"{name} must be integers, not {a.dtype}")
     if a.shape != shape:
         raise ValueError(f"{name} has shape {a.shape}, want {shape} to go with {like}")
-    if array_module(a) is np and a.size and not (0 <= a.min() and a.max() <= largest):
-        raise ValueError(f"{name} must be in 0..{largest}, not {a.min()}..{a.max()}")
+    if array_module(a) is np and a.size:
+        low, high = extremes(a)
+        if not (low >= 0 and high <= largest):
+            raise ValueError(f"{name} must be in 0..{largest}, not {low}..{high}")
 
 
 def _drawn(out: Any, shape: tuple[int, ...], like: str, b: Array) -> None:
@@ -88,6 +90,10 @@ def _mask(mask: Any) -> None:
 
 def counter(seed: Any, step: Any, stream: Any, first_sample: Any) -> None:
     """The key and the counter words of the generator."""
+    if type(seed) is type(step) is type(stream) is type(first_sample) is int and (
+        0 <= seed < 2**64 and 0 <= step < 2**32 and 0 <= stream < 2**32 and 0 <= first_sample < 2**32
+    ):
+        return
     _integer("seed", seed, 0, 2**64)
     _integer("step", step, 0, 2**32)
     _integer("stream", stream, 0, 2**32)
@@ -128,8 +134,10 @@ def q_sample(
     _array("noise", noise, 1)
     if signal.shape != noise.shape:
         raise ValueError(f"signal has shape {signal.shape}, noise has shape {noise.shape}: they must be equal")
-    if array_module(t) is np and t.size and not (0 <= t.min() and t.max() < signal.shape[0]):
-        raise ValueError(f"t must be in 0..{signal.shape[0] - 1}, not {t.min()}..{t.max()}")
+    if array_module(t) is np and t.size:
+        low, high = extremes(t)
+        if not (low >= 0 and high < signal.shape[0]):
+            raise ValueError(f"t must be in 0..{signal.shape[0] - 1}, not {low}..{high}")
     _optional("eps", eps, "x0", x0)
     _optional("out", out, "x0", x0)
     _optional("eps_out", eps_out, "x0", x0)
@@ -185,29 +193,37 @@ def step(
     counter(seed, i, stream, first_sample)
 
 
-def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: Any) -> None:
+def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: Any, tail: Any) -> tuple[int, ...]:
+    """The shape of the result."""
     _array("x", x)
     if x.ndim < 3:
         raise ValueError(f"x must be (B, ..., C) with at least 3 dimensions, not shape {x.shape}")
-    channels = x.shape[-1]
+    channels, of = x.shape[-1], "x"
+    if tail is not None:
+        _array("tail", tail, x.ndim)
+        _same("tail", tail, "x", x, (*x.shape[:-1], tail.shape[-1]))
+        if not (channels and tail.shape[-1]):
+            raise ValueError(f"x and tail must each have channels, not {channels} and {tail.shape[-1]}")
+        channels, of = channels + tail.shape[-1], "x and tail"
     _integer("groups", groups, 1, channels + 1)
     if channels % groups:
-        raise ValueError(f"groups must divide the {channels} channels of x, not {groups}")
+        raise ValueError(f"groups must divide the {channels} channels of {of}, not {groups}")
     _same("gamma", gamma, "x", x, (channels,))
     _same("beta", beta, "x", x, (channels,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together or not at all")
     _optional("scale", scale, "x", x, (x.shape[0], channels))
     _optional("shift", shift, "x", x, (x.shape[0], channels))
+    return (*x.shape[:-1], channels)
 
 
 def group_norm_silu(
-    x: Array, gamma: Array, beta: Array, groups: int, eps: float, scale: Any, shift: Any, silu: bool, out: Any
+    x: Array, gamma: Array, beta: Array, groups: int, eps: float, scale: Any, shift: Any, silu: bool, out: Any, tail: Any
 ) -> None:
-    _norm(x, gamma, beta, groups, scale, shift)
+    shape = _norm(x, gamma, beta, groups, scale, shift, tail)
     if not eps > 0:
         raise ValueError(f"eps must be positive, not {eps}")
-    _optional("out", out, "x", x)
+    _optional("out", out, "x", x, shape)
 
 
 def group_norm_silu_backward(
@@ -222,9 +238,14 @@ def group_norm_silu_backward(
     shift: Any,
     silu: bool,
     out: Any,
+    tail: Any,
+    tail_out: Any,
 ) -> None:
-    _norm(x, gamma, beta, groups, scale, shift)
-    _same("dy", dy, "x", x)
+    shape = _norm(x, gamma, beta, groups, scale, shift, tail)
+    if (tail is None) != (tail_out is None):
+        raise ValueError("tail and tail_out come together or not at all")
+    _optional("tail_out", tail_out, "tail", tail)
+    _same("dy", dy, "x", x, shape)
     _same("mean", mean, "x", x, (x.shape[0], groups))
     _same("rstd", rstd, "x", x, (x.shape[0], groups))
     _optional("out", out, "x", x)
@@ -429,6 +450,40 @@ def rotary(x: Array, cos: Array, sin: Array, out: Any) -> None:
     _same("cos", cos, "x", x, (x.shape[1], x.shape[3] // 2))
     _same("sin", sin, "x", x, (x.shape[1], x.shape[3] // 2))
     _optional("out", out, "x", x)
+
+
+def softmax(x: Array, out: Any) -> None:
+    _array("x", x)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be (..., K) with K at least 1, not shape {x.shape}")
+    _optional("out", out, "x", x)
+
+
+def softmax_backward(dy: Array, y: Array, out: Any) -> None:
+    _array("y", y)
+    if y.ndim < 1 or y.shape[-1] < 1:
+        raise ValueError(f"y must be (..., K) with K at least 1, not shape {y.shape}")
+    _same("dy", dy, "y", y)
+    _optional("out", out, "y", y)
+
+
+def squared_error(output: Array, target: Array, weight: Any, out: Any) -> None:
+    _array("output", output)
+    if output.ndim < 1 or 0 in output.shape[1:]:
+        raise ValueError(f"output must be (B, ...) with at least 1 element a sample, not shape {output.shape}")
+    _same("target", target, "output", output)
+    _optional("weight", weight, "output", output, output.shape[:1])
+    _optional("out", out, "output", output)
+
+
+def cross_entropy(logits: Array, labels: Array, out: Any) -> None:
+    _array("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be (..., K) with K at least 1, not shape {logits.shape}")
+    _states("labels", labels, logits.shape[:-1], "logits", logits.shape[-1] - 1)
+    if array_module(labels) is not array_module(logits):
+        raise TypeError("labels and logits are arrays of different libraries")
+    _optional("out", out, "logits", logits)
 
 
 def sum_squares(x: Array) -> None:

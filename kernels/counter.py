@@ -21,12 +21,16 @@ def _two_words(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0 << 32 | c1, c2 << 32 | c3
 
 
+def _few(n: int, seed: int, step: int, stream: int, sample: int) -> list[int]:
+    """The words of :func:`bits` as integers of Python."""
+    rest, key = (sample & _MASK, step & _MASK, stream & _MASK), (seed & _MASK, seed >> 32 & _MASK)
+    return [w for i in range((n + 1) // 2) for w in _two_words((i, *rest), key)][:n]
+
+
 def bits(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
     """``n`` uint64 words; word i comes from counter (i // 2, sample, step, stream)."""
     if n <= FEW:
-        rest, key = (sample & _MASK, step & _MASK, stream & _MASK), (seed & _MASK, seed >> 32 & _MASK)
-        words = [w for i in range((n + 1) // 2) for w in _two_words((i, *rest), key)]
-        return np.array(words[:n], np.uint64)
+        return np.array(_few(n, seed, step, stream, sample), np.uint64)
     c0 = np.arange((n + 1) // 2, dtype=np.uint32)
     full = [np.full_like(c0, value & 0xFFFFFFFF) for value in (sample, step, stream)]
     r0, r1, r2, r3 = (r.astype(np.uint64) for r in philox((c0, *full), (seed & 0xFFFFFFFF, seed >> 32)))
@@ -35,11 +39,16 @@ def bits(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarr
 
 def uniform(n: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
     """``n`` float64 in [0, 1), 53 bits each."""
+    if n <= FEW:
+        return np.array([(w >> 11) * 2.0**-53 for w in _few(n, seed, step, stream, sample)], np.float64)
     return (bits(n, seed, step, stream, sample) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def integers(n: int, low: int, high: int, seed: int, step: int, stream: int, sample: int = 0) -> np.ndarray:
     """``n`` int64 in [low, high), by scaling (bias below 2^-53·(high − low))."""
+    if n <= FEW:
+        words = _few(n, seed, step, stream, sample)
+        return np.array([low + int((w >> 11) * 2.0**-53 * (high - low)) for w in words], np.int64)
     return low + np.floor(uniform(n, seed, step, stream, sample) * (high - low)).astype(np.int64)
 
 

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -38,7 +38,7 @@ def use(backend: str) -> Iterator[None]:
 
 # What a kernel writes must be contiguous and aligned as it is; what it only reads is copied where it is not.
 _WRITTEN = {"adamw_ema": ("param", "m", "v", "ema")}
-_RESULTS = ("out", "store", "eps_out")
+_RESULTS = ("out", "store", "eps_out", "tail_out")
 _SEQUENCES = ("history", "pad", "input_shape", "clip")  # tuples, which a caller may give as lists
 # Coefficient tables (rows, signal and noise levels) and Σ grad² may be float64 beside float32 data.
 _TABLES = {
@@ -48,6 +48,7 @@ _TABLES = {
     "categorical_posterior": frozenset(("rows",)),
     "categorical_q_sample": frozenset(("keep",)),
 }
+_DIRECTLY = {"step": "step_directly"}  # functions of the CPU that look first whether they can take a call as it is
 _DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
 _SCALARS = frozenset((int, float, bool, type(None)))
 _PLAIN = _SCALARS | {np.ndarray, tuple}  # types that need no question about DLPack
@@ -107,9 +108,9 @@ def _to_native(v: Any) -> Any:
     return tuple(map(_to_native, v)) if isinstance(v, tuple) else native(v)
 
 
-def _as_they_are(given: Mapping[Any, Any], tables: Collection[str], dtypes: Collection[Any]) -> bool:
+def _as_they_are(given: Iterable[tuple[str, Any]], tables: Collection[str], dtypes: Collection[Any]) -> bool:
     """Whether the CPU's kernel takes all arguments without a copy: one pass that settles most calls."""
-    for k, v in given.items():
+    for k, v in given:
         kind = type(v)
         if kind in _SCALARS:
             continue
@@ -119,7 +120,7 @@ def _as_they_are(given: Mapping[Any, Any], tables: Collection[str], dtypes: Coll
                     return False
             elif not v.flags.carray or (v.dtype is not _FLOAT32 and v.dtype.kind == "f" and v.dtype not in dtypes):
                 return False
-        elif kind is not tuple or not _as_they_are(dict(enumerate(v)), (), dtypes):
+        elif kind is not tuple or (v and not _as_they_are([("", a) for a in v], (), dtypes)):
             return False
     return True
 
@@ -129,24 +130,29 @@ def kernel(name: str) -> Callable[..., Any]:
     definition = getattr(reference, name)
     signature = inspect.signature(definition)
     check = getattr(checks, name)
+    check.__defaults__ = definition.__defaults__  # so that it can be called as the kernel was
     defaults = {k: p.default for k, p in signature.parameters.items()}
     names = tuple(defaults)
     written, tables, dtypes = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset()), _DTYPES[name]
     sequences = tuple(k for k in _SEQUENCES if k in defaults)
-    required = sum(d is inspect.Parameter.empty for d in defaults.values())
+    directly = _DIRECTLY.get(name)
+    forms: dict[tuple, tuple[str, ...]] = {}  # of calls whose arguments have fitted the signature: their names in order
 
     @functools.wraps(definition)
     def call(*args: Any, **kwargs: Any) -> Any:
-        count = len(args)
-        said = dict(zip(names, args, strict=False)) | kwargs
-        given = defaults | said  # Signature.bind does this too, ten times slower
-        doubled = kwargs and not kwargs.keys().isdisjoint(names[:count])
-        missing = count < required and not kwargs.keys() >= set(names[count:required])
-        if count > len(names) or len(given) > len(names) or doubled or missing:
+        said = forms.get((len(args), *kwargs))
+        if said is None:
             signature.bind(*args, **kwargs)  # raises what Python raises
-        if _choice.get() == "auto" and _as_they_are(said, tables, dtypes):
-            check(*given.values())
-            return (_loaded.get(("cpu", name)) or _load("cpu", name))(*given.values())
+            said = forms[len(args), *kwargs] = (*names[: len(args)], *kwargs)
+        if _choice.get() == "auto":
+            if directly is not None:
+                result = (_loaded.get(("cpu", directly)) or _load("cpu", directly))(*args, **kwargs)
+                if result is not None:
+                    return result
+            if _as_they_are(zip(said, (*args, *kwargs.values()), strict=True), tables, dtypes):
+                check(*args, **kwargs)
+                return (_loaded.get(("cpu", name)) or _load("cpu", name))(*args, **kwargs)
+        given = defaults | dict(zip(said, (*args, *kwargs.values()), strict=True))
         for k in sequences:
             if type(given[k]) is list:
                 given[k] = tuple(given[k])

@@ -95,18 +95,23 @@ def _arrays_of_step(case: Case) -> int:
 
 # -- normalisation
 
-NORMS = (
+NORMS: tuple[Case, ...] = (
     {"shape": (2, 5, 3, 12), "groups": 4},
     {"shape": (3, 8, 8, 32), "groups": 8, "modulated": True},
     {"shape": (1, 1, 1, 6), "groups": 6, "silu": False},
     {"shape": (2, 9, 16), "groups": 1, "silu": False, "modulated": True},
     {"shape": (0, 4, 4, 8), "groups": 2},
     {"shape": (2, 33, 31, 40), "groups": 8},
+    {"shape": (2, 5, 3, 12), "groups": 4, "tail": 5},
+    {"shape": (3, 8, 8, 48), "groups": 8, "modulated": True, "tail": 16},
+    {"shape": (2, 300, 40), "groups": 4, "silu": False, "tail": 37},
+    {"shape": (0, 4, 4, 8), "groups": 2, "tail": 4},
 )
-BIG_NORMS = (
+BIG_NORMS: tuple[Case, ...] = (
     {"shape": (32, 32, 32, 64), "groups": 32},
     {"shape": (32, 16, 16, 128), "groups": 32},
     {"shape": (32, 8, 8, 256), "groups": 32},
+    {"shape": (32, 16, 16, 256), "groups": 32, "tail": 128},
 )
 
 
@@ -117,6 +122,9 @@ def _make_norm(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     options: dict[str, Any] = {"eps": 1e-5, "silu": case.get("silu", True)}
     if case.get("modulated"):
         options |= {"scale": _n(rng, (shape[0], shape[-1]), dtype) / 4, "shift": _n(rng, (shape[0], shape[-1]), dtype)}
+    if "tail" in case:  # so many of the channels
+        own = shape[-1] - case["tail"]
+        args, options["tail"] = (x[..., :own].copy(), *args[1:]), x[..., own:].copy()
     return args, options
 
 
@@ -124,6 +132,8 @@ def _make_norm_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arg
     (x, gamma, beta, groups), options = _make_norm(rng, case, dtype)
     _, mean, rstd = reference.group_norm_silu(x, gamma, beta, groups, **options)
     del options["eps"]
+    if "tail" in case:
+        options["tail_out"] = np.zeros_like(options["tail"])
     return (_n(rng, case["shape"], dtype), x, gamma, beta, groups, mean, rstd), options
 
 
@@ -147,6 +157,9 @@ CONVS = (
     {"shape": (2, 3, 4, 16), "kernel": 3, "cout": 16, "upsample": True, "residual": True},
     {"shape": (2, 4, 5, 6), "kernel": 3, "cout": 5, "stride": 2, "shift": True, "residual": True},
     {"shape": (2, 3, 4, 6), "kernel": 3, "cout": 5, "upsample": True, "shift": True},
+    {"shape": (2, 9, 15, 3), "kernel": 3, "cout": 64},
+    {"shape": (1, 1, 1, 40), "kernel": 1, "cout": 72},
+    {"shape": (1, 1, 1, 17), "kernel": 1, "cout": 37, "bias": False},
 )
 WINOGRAD = 2e-5  # of the largest value; 1e-5 in relative L2 norm
 BIG_CONVS: tuple[Case, ...] = (
@@ -321,6 +334,66 @@ def _make_adamw(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     return (p, g, m / 10, v, ema, 1e-3, 0.9, 0.999, 1e-8, 0.01, 7, 0.99), {"norm_sq": reference.sum_squares(g), "max_norm": 1.0}
 
 
+# -- losses and softmax: the last axis of logits holds the weights
+
+ERRORS: tuple[Case, ...] = (
+    {"shape": (3, 8, 8, 1)},
+    {"shape": (2, 7, 5, 3), "weighted": True},
+    {"shape": (4,), "weighted": True},
+    {"shape": (0, 4, 4, 1)},
+    {"shape": (37, 2)},
+    {"shape": (2, 20_000), "weighted": True},
+)
+BIG_ERRORS: tuple[Case, ...] = (
+    {"shape": (128, 28, 28, 1)},
+    {"shape": (32, 32, 32, 3)},
+    *BIG_IMAGES[1:],
+)
+ROWS: tuple[Case, ...] = (
+    {"shape": (2, 7, 3)},
+    {"shape": (3, 1)},
+    {"shape": (20, 2), "holes": 0.3},
+    {"shape": (0, 4, 5)},
+    {"shape": (2, 40, 27), "holes": 0.3},
+    {"shape": (17,)},
+    {"shape": (5, 5, 28), "holes": 0.9},
+    {"shape": (2, 5, 3, 256)},
+    {"shape": (3, 7, 1000), "holes": 0.5},
+    {"shape": (2, 4100)},
+)
+BIG_ROWS: tuple[Case, ...] = (
+    {"shape": (128, 10)},
+    {"shape": (64, 128, 27)},
+    {"shape": (16, 32, 32, 3, 256)},
+    {"shape": (8, 64, 8192)},
+)
+
+
+def _make_squared_error(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    shape = case["shape"]
+    weight = rng.uniform(0, 2, shape[0]).astype(dtype) if case.get("weighted") else None
+    return (_n(rng, shape, dtype), _n(rng, shape, dtype)), {"weight": weight}
+
+
+def _make_softmax(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    x = 3 * _n(rng, case["shape"], dtype)
+    if "holes" in case:  # states of probability 0, but never all
+        x[..., 1:][rng.random(x[..., 1:].shape) < case["holes"]] = -np.inf
+    return (x,), {}
+
+
+def _make_softmax_backward(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (x,), options = _make_softmax(rng, case, dtype)
+    return (_n(rng, case["shape"], dtype), reference.softmax(x)), options
+
+
+def _make_cross_entropy(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
+    (x,), options = _make_softmax(rng, case, dtype)
+    labels = np.asarray(rng.integers(0, case["shape"][-1], case["shape"][:-1]))
+    possible = np.isfinite(np.take_along_axis(x, labels[..., None], axis=-1)[..., 0])
+    return (x, np.where(possible, labels, 0)), options
+
+
 # -- categorical draws: the last axis of a shape holds the weights
 
 
@@ -444,6 +517,18 @@ _KERNELS = (
         lambda c: 2 * prod(c["shape"][:-1]),
         bits=True,
     ),
+    Kernel(
+        "squared_error",
+        ("S0-E30", "S0-E45", "S1-E21", "S2-E5"),
+        _make_squared_error,
+        ERRORS,
+        BIG_ERRORS,
+        _per_element(12),
+        _per_element(4),
+    ),
+    Kernel("cross_entropy", ("L7", "L9"), _make_cross_entropy, ROWS, BIG_ROWS, _per_element(8), _per_element(20)),
+    Kernel("softmax", (), _make_softmax, ROWS, BIG_ROWS, _per_element(8), _per_element(19)),
+    Kernel("softmax_backward", (), _make_softmax_backward, ROWS, BIG_ROWS, _per_element(12), _per_element(4)),
     Kernel("sum_squares", (), _make_flat, FLATS, BIG_FLATS, _per_element(4), _per_element(2)),
     Kernel("adamw_ema", (), _make_adamw, FLATS, BIG_FLATS, _per_element(36), _per_element(16)),
 )

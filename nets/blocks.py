@@ -51,7 +51,10 @@ class Projections:
 
 
 class ResBlock:
-    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); or the time scales and shifts norm2's output."""
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); or the time scales and shifts norm2's output.
+
+    Where a call gives a ``tail``, [x, tail] stands for x; no array of both is made.
+    """
 
     def __init__(self, net: Any, name: str, n_in: int, n_out: int) -> None:
         c, store = net.config, net.params
@@ -64,12 +67,14 @@ class ResBlock:
         self.conv2 = Conv2d(store, f"{name}.conv2", n_out, n_out, zero=c["zero_init"])
         self.shortcut = Conv2d(store, f"{name}.conv_shortcut", n_in, n_out, kernel=1) if n_in != n_out else None
 
-    def __call__(self, x: Tensor, emb: Tensor, drop: Dropout | None) -> Tensor:
-        h = self.norm1(x)
+    def __call__(self, x: Tensor, emb: Tensor, drop: Dropout | None, tail: Tensor | None = None) -> Tensor:
+        h = self.norm1(x, tail=tail)
         h = self.norm2(self.conv1(h), emb, self.at) if self.modulate else self.norm2(self.conv1(h, emb, self.at))
         if drop is not None:
             h = drop(h, self.layer)
-        return self.conv2(h, residual=x if self.shortcut is None else self.shortcut(x))
+        if (short := self.shortcut) is not None:
+            x = short(x) if tail is None else f.conv1x1(x, tail, short.weight, short.bias)
+        return self.conv2(h, residual=x)
 
 
 class Level:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..kernels import buffers
 from ..kernels.arrays import array_module, is_cupy, native, restore
 from . import functions as f
@@ -50,8 +51,9 @@ class NoisyClassifier:
         with fresh_tape():
             start = Tensor(state, needs_grad=True)
             logits = self(start, native(t))
-            p, chosen = _softmax(logits.data), _one_hot(y, logits.data)
-            backward((logits, chosen - p))
+            labels, gradient = _labels(y, logits.data), -kernels.softmax(logits.data)
+            gradient[array_module(gradient).arange(len(gradient)), labels] += 1
+            backward((logits, gradient))
         return restore(start.grad.copy(), x)
 
 
@@ -192,21 +194,15 @@ def cross_entropy(logits: Array, y: Any) -> tuple[Array, Array]:
     logits (B, classes) float; y (B,) labels or one. Raises ValueError or TypeError for labels that do not fit.
     """
     z = native(logits)
-    xp = array_module(z)
     if getattr(z, "ndim", 0) != 2 or z.dtype.kind != "f" or 0 in z.shape:
         raise ValueError(f"logits must be floats (B, classes), not of shape {np.shape(z)}")
-    chosen, above = _one_hot(y, z), z - z.max(axis=1, keepdims=True)
-    value = xp.log(xp.exp(above).sum(axis=1)) - (above * chosen).sum(axis=1)
-    return restore(value, logits), restore((_softmax(z) - chosen) / z.dtype.type(len(z)), logits)
+    value, gradient = kernels.cross_entropy(z, _labels(y, z))
+    return restore(value, logits), restore(gradient, logits)
 
 
-def _softmax(z: Array) -> Array:
-    e = array_module(z).exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
-
-def _one_hot(y: Any, like: Array) -> Array:
-    xp, (batch, classes) = array_module(like), like.shape
+def _labels(y: Any, logits: Array) -> Array:
+    """(B,) integers of the library of the logits (B, classes)."""
+    xp, (batch, classes) = array_module(logits), logits.shape
     y = native(y)
     y = y if is_cupy(y) else np.asarray(y)
     if y.dtype.kind not in "iu":
@@ -215,4 +211,4 @@ def _one_hot(y: Any, like: Array) -> Array:
         raise ValueError(f"y must have shape ({batch},), not {y.shape}")
     if isinstance(y, np.ndarray) and y.size and not (0 <= y.min() and y.max() < classes):  # labels on a GPU are not waited for
         raise ValueError(f"y must be in 0..{classes - 1}, not {y.min()}..{y.max()}")
-    return (xp.broadcast_to(xp.asarray(y), (batch,))[:, None] == xp.arange(classes)).astype(like.dtype)
+    return xp.broadcast_to(xp.asarray(y), (batch,))

@@ -125,39 +125,87 @@ def tanh(x: Tensor) -> Tensor:
     return record(y, (x,), pull, push)
 
 
+def conv1x1(x: Tensor, tail: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """y = w * [x, tail] + b, which is w₁ * x + w₂ * tail + b; x (B, H, W, C1), tail (B, H, W, C2), w (1, 1, C1 + C2, Cout)."""
+    own = x.shape[-1]
+    head, rest = w.data[:, :, :own], w.data[:, :, own:]
+    y = kernels.conv2d(tail.data, rest, residual=kernels.conv2d(x.data, head, b.data))
+
+    # each half by itself, into its own rows of dw
+    def pull(dy: Array) -> None:
+        if w.needs_grad or b.needs_grad:
+            dw = buffers.empty(w.shape, dy.dtype, array_module(dy))
+            _, db = kernels.conv2d_backward_weight(x.data, dy, 1, out=dw[:, :, :own])
+            kernels.conv2d_backward_weight(tail.data, dy, 1, out=dw[:, :, own:])
+            w.receive(dw)
+            b.receive(db)
+        for z, part in ((x, head), (tail, rest)):
+            if z.needs_grad:
+                z.receive(kernels.conv2d_backward_input(dy, part, z.shape))
+
+    # ẏ = w * [ẋ, ṫail] + (ẇ * [x, tail] + ḃ)
+    def push() -> Tensor:
+        of_x = of_w = None
+        if x.tangent is not None or tail.tangent is not None:
+            of_x = conv2d(concat(zero_or(x.tangent, x), zero_or(tail.tangent, tail)), w)
+        if w.tangent is not None or b.tangent is not None:
+            of_w = conv2d(concat(x, tail), zero_or(w.tangent, w), b.tangent)
+        return total(of_x, of_w)
+
+    return record(y, (x, tail, w, b), pull, push)
+
+
 def group_norm_silu(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool = True, emb: Tensor | None = None, at: int = 0
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool = True,
+    emb: Tensor | None = None,
+    at: int = 0,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """y = silu(v), v = n·(1 + scale) + shift, n = x̂·γ + β, x̂ normalised over each group of channels; x (B, …, C).
 
-    ``emb`` (B, E) holds scale in its columns at..at+C and shift in the next C; without it v = n.
+    ``emb`` (B, E) holds scale in its columns at..at+C and shift in the next C; without it v = n. ``tail`` (B, …, C2) holds the
+    channels that follow those of x (B, …, C − C2): y is that of [x, tail].
     """
-    channels = x.shape[-1]
+    channels = gamma.shape[0]
+    after = None if tail is None else tail.data
     scale = shift = None
     if emb is not None:
         scale, shift = (elementwise.channels(emb.data, i, channels) for i in (at, at + channels))
-    y, mean, rstd = kernels.group_norm_silu(x.data, gamma.data, beta.data, groups, eps, scale, shift, silu)
+    y, mean, rstd = kernels.group_norm_silu(x.data, gamma.data, beta.data, groups, eps, scale, shift, silu, None, after)
 
     # mean and rstd are all that is kept: the kernel recomputes v, and with g = dn·γ, ⟨·⟩ the mean over a group,
     # ∂mean and ∂rstd take the components of g along 1 and x̂ away: dx = rstd·(g − ⟨g⟩ − x̂⟨g·x̂⟩).
     def pull(dy: Array) -> None:
+        dtail = None if after is None else buffers.empty(after.shape, dy.dtype, array_module(dy))
         dx, dgamma, dbeta, dscale, dshift = kernels.group_norm_silu_backward(
-            dy, x.data, gamma.data, beta.data, groups, mean, rstd, scale, shift, silu
+            dy, x.data, gamma.data, beta.data, groups, mean, rstd, scale, shift, silu, None, after, dtail
         )
         gamma.receive(dgamma)
         beta.receive(dbeta)
         x.receive(dx)
+        if tail is not None:
+            tail.receive(dtail)
         if emb is not None:
             emb.receive(dscale, at)
             emb.receive(dshift, at + channels)
 
     # ẏ = silu'(v)·v̇
     def push() -> Tensor:
-        hat = None if x.tangent is None else tangents.normalised_tangent(x, x.tangent, groups, mean, rstd)
-        dot = modulated_tangent(lambda g, b: group_norm_silu(x, g, b, groups, eps, False), hat, gamma, beta, emb, at)
-        return tangents.silu_tangent(group_norm_silu(x, gamma, beta, groups, eps, False, emb, at), dot) if silu else dot
+        whole, of_whole = x, x.tangent
+        if tail is not None:
+            whole = concat(x, tail)
+            if x.tangent is not None or tail.tangent is not None:
+                of_whole = concat(zero_or(x.tangent, x), zero_or(tail.tangent, tail))
+        hat = None if of_whole is None else tangents.normalised_tangent(whole, of_whole, groups, mean, rstd)
+        dot = modulated_tangent(lambda g, b: group_norm_silu(whole, g, b, groups, eps, False), hat, gamma, beta, emb, at)
+        return tangents.silu_tangent(group_norm_silu(whole, gamma, beta, groups, eps, False, emb, at), dot) if silu else dot
 
-    return record(y, (x, gamma, beta) if emb is None else (x, gamma, beta, emb), pull, push)
+    return record(y, tuple(z for z in (x, gamma, beta, emb, tail) if z is not None), pull, push)
 
 
 def modulated_tangent(
@@ -267,7 +315,7 @@ def embedding(table: Tensor, index: Array) -> Tensor:
     """y[b, …] = table[index[b, …]]; table (rows, E), index (B, …) integers of the same array library."""
     rows, size = table.shape
 
-    # d table[r] = Σ_{b: index[b] = r} dy[b], on a GPU as onehotᵀ dy: a scatter by atomics would not repeat bit for bit
+    # d table[r] = Σ_{b: index[b] = r} dy[b], without a kernel as onehotᵀ dy: a scatter by atomics would not repeat bit for bit
     def pull(dy: Array) -> None:
         if (dw := elementwise.sum_into_rows(dy, index, rows)) is None:
             onehot = (index.reshape(-1, 1) == array_module(dy).arange(rows)).astype(dy.dtype)

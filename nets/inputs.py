@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.arrays import array_module, is_cupy, is_native
+from ..kernels.arrays import array_module, extremes, is_cupy, is_native
 from .autograd import Tensor
 from .layers import ParameterStore
 
 Array = Any
-FEW = 64  # integers that Python compares sooner than NumPy
 
 
 def check_input(x: Array | Tensor, shape: tuple[int, ...], params: ParameterStore) -> Tensor:
@@ -59,9 +58,9 @@ def check_integers(name: str, a: Any, shape: tuple[int | str, ...], count: int, 
     if a.ndim != len(shape) or any(n != want and isinstance(want, int) for n, want in zip(a.shape, shape, strict=True)):
         raise ValueError(f"{name} must have shape {str(shape).replace(chr(39), '')}, not {a.shape}")
     if isinstance(a, np.ndarray) and a.size:  # values on a GPU are not waited for
-        some = a.reshape(-1).tolist() if a.size <= FEW else (a.min(), a.max())
-        if not (0 <= min(some) and max(some) < count):
-            raise ValueError(f"{name} must be in 0..{count - 1}, not {min(some)}..{max(some)}")
+        low, high = extremes(a)
+        if not (low >= 0 and high < count):
+            raise ValueError(f"{name} must be in 0..{count - 1}, not {low}..{high}")
     return xp.asarray(a)
 
 

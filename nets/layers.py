@@ -217,15 +217,18 @@ class Conv2d:
 
 
 class GroupNorm:
-    """Group normalisation and, with ``silu``, the activation after it; scale and shift come from columns of ``emb``."""
+    """Group normalisation and, with ``silu``, the activation after it; scale and shift come from columns of ``emb``.
+
+    Of [x, tail] where a call gives a ``tail``.
+    """
 
     def __init__(self, store: ParameterStore, name: str, channels: int, groups: int, eps: float, silu: bool = True) -> None:
         self.gamma = store.declare(f"{name}.weight", (channels,), mean=1.0)
         self.beta = store.declare(f"{name}.bias", (channels,))
         self.groups, self.eps, self.silu = groups, eps, silu
 
-    def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0) -> Tensor:
-        return f.group_norm_silu(x, self.gamma, self.beta, self.groups, self.eps, self.silu, emb, at)
+    def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0, tail: Tensor | None = None) -> Tensor:
+        return f.group_norm_silu(x, self.gamma, self.beta, self.groups, self.eps, self.silu, emb, at, tail)
 
 
 class SelfAttention:

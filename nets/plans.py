@@ -67,12 +67,7 @@ class Plans:
             return body(*inputs)
         try:
             key = (state, *((a.shape, a.dtype) for a in inputs))
-            run = self._runs.get(key)
-            if run is None:
-                run = self._runs[key] = _Run(self._params, state[0])
-                while len(self._runs) > KEPT:
-                    self._runs.popitem(last=False)
-            self._runs.move_to_end(key)
+            run = self._run(key, state[0])
             run.calls += 1
             if run.plan.refused is not None or run.pending() is not None:
                 return body(*inputs)
@@ -90,6 +85,64 @@ class Plans:
                 raise
         finally:
             self._lock.release()
+
+    def arrays(self, kind: Any, body: Callable[..., tuple[Array, ...]], *inputs: Array | None) -> tuple[Array, ...]:
+        """As a call, for a ``body`` that goes forward and back itself and returns arrays; an input may be None.
+
+        ``kind`` tells one body from another. It is recorded in one piece, with the gradients of the parameters that it leaves.
+        """
+        state, given = self._state(), [a for a in inputs if a is not None]
+        plain = state is None or not state[0] or not all(type(a) is np.ndarray and a.size for a in given)
+        if plain or not self._lock.acquire(blocking=False):
+            return body(*inputs)
+        try:
+            key = (state, kind, *(None if a is None else (a.shape, a.dtype) for a in inputs))
+            run = self._run(key, True)
+            if run.plan.refused is not None:
+                return body(*inputs)
+            if run.forward is not None:
+                for to, a in zip(run.inputs, given, strict=True):
+                    np.copyto(to, a)
+                run.forward()
+            else:
+                try:
+                    self._record(run, body, inputs)
+                except BaseException:
+                    del self._runs[key]
+                    raise
+            return tuple(self._kept(a) for a in run.out)
+        finally:
+            self._lock.release()
+
+    def _record(self, run: _Run, body: Callable[..., tuple[Array, ...]], inputs: tuple[Array, ...]) -> None:
+        """The plain run of a body that returns arrays, recorded."""
+        own = [None if a is None else run.plan.memory.empty(a.shape, a.dtype) for a in inputs]
+        run.inputs = tuple(a for a in own if a is not None)
+        for to, a in zip(own, inputs, strict=True):
+            if to is not None:
+                np.copyto(to, a)
+        with run.plan.recorded() as stretch:
+            run.out = body(*own)
+        if not all(run.plan.knows(a) for a in run.out):
+            stretch.refuse("a result lies in memory that is not the plan's")
+        run.forward = stretch
+
+    @staticmethod
+    def _kept(a: Array) -> Array:
+        """A copy of an array of a plan's memory, for the caller to keep."""
+        y = buffers.empty(a.shape, a.dtype)
+        np.copyto(y, a)
+        return y
+
+    def _run(self, key: tuple, taped: bool) -> _Run:
+        """The run of this form, now the one used last."""
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = _Run(self._params, taped)
+            while len(self._runs) > KEPT:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(key)
+        return run
 
     def _state(self) -> tuple | None:
         """What a run depends on besides its inputs, first whether it is recorded on a tape; None where there can be no plan."""
@@ -122,8 +175,7 @@ class Plans:
 
     def _answer(self, run: _Run, state: tuple, body: Body, recorded: Tensor | None) -> Tensor:
         """The output as a tensor of its own. Its gradient goes back through what was recorded, or by the plan."""
-        y = buffers.empty(run.out.shape, run.out.dtype)
-        np.copyto(y, run.out)
+        y = self._kept(run.out)
         leaf = self._params.leaf() if state[0] else None
         if leaf is None:
             return Tensor(y)

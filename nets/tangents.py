@@ -176,24 +176,22 @@ def matmul_turned(a: Tensor, b: Tensor) -> Tensor:
 
 def softmax(s: Tensor) -> Tensor:
     """p = exp(s)/Σ exp(s) over the last axis."""
-    p = array_module(s.data).exp(s.data - s.data.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    p = kernels.softmax(s.data)
 
-    # ds = p·(dp − Σ p·dp)
     def pull(dp: Array) -> None:
-        s.receive(p * (dp - (p * dp).sum(axis=-1, keepdims=True)))
+        s.receive(kernels.softmax_backward(dp, p))
 
     return record(p, (s,), pull)
 
 
 def softmax_tangent(p: Tensor, dot: Tensor) -> Tensor:
     """ṗ = p·(ṡ − Σ p·ṡ) over the last axis, p the softmax of s."""
-    centred = dot.data - (p.data * dot.data).sum(axis=-1, keepdims=True)
 
     # linear in ṡ and its own transpose there; p stands in it twice
     def pull(w: Array) -> None:
-        mean = (p.data * w).sum(axis=-1, keepdims=True)
-        dot.receive(p.data * (w - mean))
-        p.receive(w * centred - mean * dot.data)
+        dot.receive(kernels.softmax_backward(w, p.data))
+        if p.needs_grad:
+            mean, mean_w = ((p.data * a).sum(axis=-1, keepdims=True) for a in (dot.data, w))
+            p.receive(w * (dot.data - mean) - mean_w * dot.data)
 
-    return record(p.data * centred, (p, dot), pull)
+    return record(kernels.softmax_backward(dot.data, p.data), (p, dot), pull)

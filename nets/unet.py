@@ -208,7 +208,7 @@ class UNet(Conditional):
             h = h if attention is None else attention(h)
         for level in self.up:
             for res, attention in level.blocks:
-                h = res(f.concat(h, skips.pop()), emb, drop)
+                h = res(h, emb, drop, skips.pop())
                 h = h if attention is None else attention(h)
             if level.resize is not None:
                 h = level.resize(h)

@@ -56,7 +56,7 @@ def outputs(call: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> list[n
     args, kwargs = mapped(np.copy, args), mapped(np.copy, kwargs)
     result = call(*args, **kwargs)
     values = [args[0], *args[2:5]] if name == "adamw_ema" else list(result) if isinstance(result, tuple) else [result]
-    return [v for v in (*values, kwargs.get("store")) if v is not None]
+    return [v for v in (*values, kwargs.get("store"), kwargs.get("tail_out")) if v is not None]
 
 
 def public(name: str, args: tuple, kwargs: dict[str, Any]) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def torch_call() -> Any:
         args, kwargs = mapped(np.copy, args), mapped(np.copy, kwargs)
         result = module.OPS[name](*mapped(torch.from_numpy, args), **mapped(torch.from_numpy, kwargs))
         values = [args[0], *args[2:5]] if name == "adamw_ema" else list(result) if isinstance(result, tuple) else [result]
-        return [np.asarray(v) for v in (*values, kwargs.get("store")) if v is not None]
+        return [np.asarray(v) for v in (*values, kwargs.get("store"), kwargs.get("tail_out")) if v is not None]
 
     return call
 
@@ -189,9 +189,10 @@ def test_inputs_need_not_be_contiguous(name: str, case: Any) -> None:
     args, kwargs = arguments(name, case)
     kwargs.pop("store", None)
     wanted = public(name, args, kwargs)
-    given_args, given_kwargs = mapped(strided, args), mapped(strided, kwargs)
+    written = {k: v for k, v in kwargs.items() if k in dispatch._RESULTS}
+    given_args, given_kwargs = mapped(strided, args), mapped(strided, kwargs) | written
     result = getattr(kernels, name)(*given_args, **given_kwargs)
-    got = [v for v in (result if isinstance(result, tuple) else (result,)) if v is not None]
+    got = [v for v in (*(result if isinstance(result, tuple) else (result,)), *written.values()) if v is not None]
     assert same_bits(got, wanted)
 
 
@@ -221,13 +222,14 @@ def takes_out(name: str) -> bool:
 def test_results_go_where_out_says(name: str, case: Any) -> None:
     args, kwargs = arguments(name, case)
     wanted = public(name, args, kwargs)
-    out = unset(wanted[0])
+    place = 1 if name in ("squared_error", "cross_entropy") else 0  # the gradient goes there
+    out = unset(wanted[place])
     result = getattr(kernels, name)(*args, **kwargs, out=out)
-    assert (result[0] if isinstance(result, tuple) else result) is out
-    assert same_bits([out], wanted[:1])
+    assert (result[place] if isinstance(result, tuple) else result) is out
+    assert same_bits([out], [wanted[place]])
     gaps = strided(unset(out))
     getattr(kernels, name)(*args, **kwargs, out=gaps)  # goes to the definition: the value, not the bits
-    assert relative(gaps, wanted[0], 1.0) < 1e-4
+    assert relative(gaps, wanted[place], 1.0) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "case"), [p for p in CASES if p.values[0] == "step"])
@@ -286,11 +288,16 @@ LARGER = {
     "add_gated": {"shape": (7, 133, 40)},
     "add_gated_backward": {"shape": (7, 133, 40)},
     "rotary": {"shape": (7, 33, 5, 32)},
+    "squared_error": {"shape": (5, 9001), "weighted": True},
+    "cross_entropy": {"shape": (5, 90, 100)},
+    "softmax": {"shape": (5, 90, 100)},
+    "softmax_backward": {"shape": (5, 90, 100)},
     "sum_squares": {"shape": (300_001,)},
     "adamw_ema": {"shape": (300_001,)},
 }
 SUMS = {
     **dict.fromkeys(("group_norm_silu_backward", "layer_norm_backward"), (0, 3, 4)),
+    **dict.fromkeys(("squared_error", "cross_entropy"), (0,)),  # gradients of the batch mean
     **dict.fromkeys(("conv2d_backward_weight", "sum_squares", "adamw_ema"), ()),
 }
 
@@ -412,7 +419,7 @@ def test_convolutions_of_all_sorts(batch: int, height: int, width: int, cin: int
             assert a.shape == b.shape and (np.abs(a - b) <= 1e-6 * size + 1e-30).all()
 
 
-# few channels in and out, a pixel, many columns and few places, many places and few weights, odd channels
+# few channels in and out, a pixel, many columns and few places, many places and few weights, odd channels, rows of few channels
 DIRECT = [
     ((1, 32, 32, 3), 64, 3, 1, False),
     ((3, 5, 7, 64), 3, 3, 1, False),
@@ -424,6 +431,9 @@ DIRECT = [
     ((1, 16, 16, 64), 64, 3, 2, False),
     ((40, 8, 8, 64), 96, 1, 2, False),
     ((2, 7, 5, 33), 37, 3, 1, True),
+    ((3, 9, 43, 5), 64, 3, 2, False),
+    ((1, 1, 1, 80), 96, 1, 1, False),
+    ((1, 1, 1, 17), 70, 1, 1, False),
 ]
 
 
@@ -448,15 +458,39 @@ def test_every_way_of_the_direct_convolution(
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 300), st.integers(1, 6), st.integers(1, 9), st.booleans(), st.booleans())
-def test_norms_of_all_sorts(batch: int, places: int, groups: int, size: int, modulated: bool, silu: bool) -> None:
+@given(
+    st.integers(1, 3),
+    st.integers(1, 300),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 53),
+)
+def test_norms_of_all_sorts(batch: int, places: int, groups: int, size: int, modulated: bool, silu: bool, tail: int) -> None:
     case = {"shape": (batch, places, 1, groups * size), "groups": groups, "modulated": modulated, "silu": silu}
+    if 0 < tail < groups * size:
+        case["tail"] = tail
     for name in ("group_norm_silu", "group_norm_silu_backward"):
         args, kwargs = arguments(name, case)
         args[0][...] += 3
+        if "tail" in kwargs and name == "group_norm_silu":
+            kwargs["tail"] += 3
         for a, b in zip(public(name, args, kwargs), defined(name, exact(args), exact(kwargs)), strict=True):
             if places * size > 1:  # the deviation of a single value is rounding error
                 assert a.shape == b.shape and np.abs(a - b).max() <= 2e-5 * (1 + np.abs(b).max())
+
+
+def test_a_norm_of_two_arrays_has_the_bits_of_the_norm_of_one() -> None:
+    """Where their boundary is one of vectors too, all sums run in the same order."""
+    case = {"shape": (3, 150, 1, 96), "groups": 6, "modulated": True}
+    for name in ("group_norm_silu", "group_norm_silu_backward"):
+        args, kwargs = arguments(name, case)
+        cut, more = arguments(name, {**case, "tail": 32})
+        both = public(name, cut, more)
+        if "tail_out" in more:
+            both[0] = np.concatenate((both[0], both.pop()), axis=-1)
+        assert same_bits(both, public(name, args, kwargs))
 
 
 def test_norm_of_large_offsets() -> None:
@@ -483,13 +517,68 @@ def test_attention_of_huge_scores() -> None:
     assert np.allclose(o, q, rtol=1e-6) and np.allclose(lse, 20000 + np.log(3))
 
 
-@pytest.mark.parametrize("name", ["conv2d", "group_norm_silu", "attention", "step", "q_sample", "sum_squares", "adamw_ema"])
+LOSSES = ("squared_error", "cross_entropy", "softmax", "softmax_backward")
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2d", "group_norm_silu", "attention", "step", "q_sample", *LOSSES, "sum_squares", "adamw_ema"]
+)
 def test_nan_is_seen(name: str) -> None:
     args, kwargs = arguments(name, LARGER[name])
     args[1 if name == "adamw_ema" else 0].reshape(-1)[5] = np.nan
     if name == "adamw_ema":
         kwargs["norm_sq"] = reference.sum_squares(args[1])
     assert any(np.isnan(a).any() for a in public(name, args, kwargs))
+
+
+def test_losses_and_softmax_in_place() -> None:
+    for name, place in (
+        ("squared_error", 0),
+        ("cross_entropy", 0),
+        ("softmax", 0),
+        ("softmax_backward", 0),
+        ("softmax_backward", 1),
+    ):
+        for case in TABLE[name].tests:
+            args, kwargs = arguments(name, case)
+            wanted = public(name, args, kwargs)
+            args = tuple(a.copy() for a in args)
+            result = getattr(kernels, name)(*args, **kwargs, out=args[place])
+            got = result if isinstance(result, tuple) else (result,)
+            assert got[-1] is args[place] and same_bits(list(got), wanted)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 300), st.floats(0, 0.95), st.sampled_from([1.0, 30.0]))
+def test_rows_of_all_sorts(rows: int, columns: int, holes: float, spread: float) -> None:
+    rng = np.random.default_rng(rows * columns)
+    x = (spread * rng.standard_normal((rows, columns))).astype(np.float32)
+    x[:, 1:][rng.random((rows, columns - 1)) < holes] = -np.inf
+    label = x.argmax(axis=1)
+    for ours, wanted in (
+        (kernels.softmax(x), reference.softmax(x.astype(np.float64))),
+        (kernels.cross_entropy(x, label)[0], reference.cross_entropy(x.astype(np.float64), label)[0]),
+        (kernels.cross_entropy(x, label)[1], reference.cross_entropy(x.astype(np.float64), label)[1]),
+    ):
+        assert np.abs(ours - wanted).max() < 2e-6
+    y = kernels.softmax(x)
+    assert not y[np.isneginf(x)].any()
+    np.testing.assert_allclose(y.sum(axis=1, dtype=np.float64), 1, rtol=1e-6)
+
+
+def test_cross_entropy_of_huge_logits_and_impossible_labels() -> None:
+    z = np.array([[0, 1000, -1000], [-np.inf, 0, 0], [5e4, 5e4, -np.inf]], np.float32)
+    value, gradient = kernels.cross_entropy(z, np.array([1, 0, 1]))
+    assert np.array_equal(value[:2], [0, np.inf]) and value[2] == pytest.approx(np.log(2), rel=1e-6)
+    np.testing.assert_allclose(gradient * 3, [[0, 0, 0], [-1, 0.5, 0.5], [0.5, -0.5, 0]], atol=1e-6)
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(kernels.softmax(np.full((1, 20), -np.inf, np.float32))).all()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64])
+def test_labels_of_any_integers(kind: Any) -> None:
+    (z, labels), _ = arguments("cross_entropy", {"shape": (2, 40, 27)})
+    assert same_bits(public("cross_entropy", (z, labels.astype(kind)), {}), public("cross_entropy", (z, labels), {}))
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad arguments
@@ -505,6 +594,7 @@ FLAT = np.zeros(7, np.float32)
 STATES = np.zeros((2, 4, 4), np.int32)
 LAW = np.full((3, 4), 0.5)
 T = np.array([1, 2])
+LABELS = np.zeros((2, 4, 4), np.int64)
 
 BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("normals", ([1.0], 0), {}, TypeError, "out must be an array, not list"),
@@ -548,7 +638,16 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("group_norm_silu", (X, C, C, 2), {"eps": 0}, ValueError, "eps must be positive"),
     ("group_norm_silu", (X, C, C, 2), {"scale": np.zeros((2, 8), np.float32)}, ValueError, "scale and shift come together"),
     ("group_norm_silu", (X[0, 0], C, C, 2), {}, ValueError, "at least 3 dimensions"),
+    ("group_norm_silu", (X, C, C, 2), {"tail": X}, ValueError, r"gamma has shape \(8,\), want \(16,\)"),
+    ("group_norm_silu", (X, C, C, 2), {"tail": X[:1]}, ValueError, "tail has shape"),
+    ("group_norm_silu", (X, C, C, 2), {"tail": X[0]}, ValueError, "tail must have 4 dimensions"),
+    ("group_norm_silu", (X, C, C, 2), {"tail": X[..., :0]}, ValueError, "x and tail must each have channels, not 8 and 0"),
+    ("group_norm_silu", (X, C, C, 2), {"tail": X.astype(np.float64)}, TypeError, "tail is float64"),
+    ("group_norm_silu", (X, C, C, 3), {"tail": X}, ValueError, "groups must divide the 16 channels of x and tail"),
+    ("group_norm_silu", (X[..., :3], C, C, 2), {"tail": X[..., 3:], "out": X[..., 3:]}, ValueError, "out has shape"),
     ("group_norm_silu_backward", (X, X, C, C, 2, C, C), {}, ValueError, "mean has shape"),
+    ("group_norm_silu_backward", (X, X, C, C, 2, C, C), {"tail_out": X}, ValueError, "tail and tail_out come together"),
+    ("group_norm_silu_backward", (X, X[..., :3], C, C, 2, C, C), {"tail": X[..., 3:]}, ValueError, "tail and tail_out come"),
     ("conv2d", (X, W[:2, :2]), {}, ValueError, "the kernel must be 1x1 or 3x3"),
     ("conv2d", (X, W[:, :, 1:]), {}, ValueError, "w has shape"),
     ("conv2d", (X[0], W), {}, ValueError, "x must have 4 dimensions"),
@@ -593,6 +692,24 @@ BAD: list[tuple[str, tuple, dict[str, Any], type[Exception], str]] = [
     ("categorical_q_sample", (STATES, T[:1], LEVELS, 5), {}, ValueError, "t has shape"),
     ("categorical_q_sample", (STATES, T, np.ones(11, int), 5), {}, TypeError, "keep must be of a float dtype"),
     ("categorical_q_sample", (X, T, LEVELS, 5), {}, TypeError, "x0 must be integers"),
+    ("squared_error", (X, X[:1]), {}, ValueError, "target has shape"),
+    ("squared_error", (X, X.astype(np.float64)), {}, TypeError, "target is float64"),
+    ("squared_error", (np.float32(1), np.float32(1)), {}, TypeError, "output must be an array"),
+    ("squared_error", (X[:, :0], X[:, :0]), {}, ValueError, "output must be .B, .... with at least 1 element"),
+    ("squared_error", (X, X), {"weight": C}, ValueError, "weight has shape"),
+    ("squared_error", (X, X), {"weight": np.ones(2)}, TypeError, "weight is float64"),
+    ("squared_error", (X, X), {"out": X[:1]}, ValueError, "out has shape"),
+    ("cross_entropy", (X, LABELS[:1]), {}, ValueError, "labels has shape"),
+    ("cross_entropy", (X, LABELS + 8), {}, ValueError, "labels must be in 0..7, not 8..8"),
+    ("cross_entropy", (X, LABELS - 1), {}, ValueError, "labels must be in 0..7, not -1..-1"),
+    ("cross_entropy", (X, X[..., 0]), {}, TypeError, "labels must be integers, not float32"),
+    ("cross_entropy", (X[..., :0], LABELS), {}, ValueError, r"logits must be \(..., K\)"),
+    ("cross_entropy", (X, LABELS), {"out": X[:1]}, ValueError, "out has shape"),
+    ("softmax", (X[..., :0],), {}, ValueError, r"x must be \(..., K\)"),
+    ("softmax", (np.zeros((), np.float32),), {}, ValueError, r"x must be \(..., K\)"),
+    ("softmax", (STATES,), {}, TypeError, "x must be of a float dtype"),
+    ("softmax_backward", (X[:1], X), {}, ValueError, "dy has shape"),
+    ("softmax_backward", (X, X), {"out": X.astype(np.float64)}, TypeError, "out is float64"),
     ("sum_squares", (np.arange(3),), {}, TypeError, "x must be of a float dtype"),
     ("adamw_ema", (FLAT, FLAT[1:], FLAT, FLAT, FLAT, 1, 0.9, 0.9, 1e-8, 0, 1, 0.9), {}, ValueError, "grad has shape"),
     ("adamw_ema", (FLAT, FLAT, FLAT, FLAT, FLAT, 1, 1.0, 0.9, 1e-8, 0, 1, 0.9), {}, ValueError, "beta1"),

@@ -147,6 +147,12 @@ def test_norms_of_few_samples_are_shared_out_by_rows(case: tuple[int, ...], monk
             monkeypatch.setattr(module("norm"), "threads", lambda count=workers: count)
             y, mean, rstd = kernels.group_norm_silu(x, gamma, beta, 2, **extra)
             back = kernels.group_norm_silu_backward(dy, x, gamma, beta, 2, mean, rstd, **extra)
-            results.append([a for a in (y, mean, rstd, *back) if a is not None])
+            cut, tail = (np.ascontiguousarray(a) for a in np.split(x, [5], axis=-1))
+            tail_out = np.empty_like(tail)
+            of_two = kernels.group_norm_silu(cut, gamma, beta, 2, **extra, tail=tail)
+            back_two = kernels.group_norm_silu_backward(
+                dy, cut, gamma, beta, 2, mean, rstd, **extra, tail=tail, tail_out=tail_out
+            )
+            results.append([a for a in (y, mean, rstd, *back, *of_two, *back_two, tail_out) if a is not None])
         for other in results[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from alphabar import kernels
+from alphabar.core.losses import weighted_loss
 from alphabar.kernels import buffers, elementwise
 from alphabar.kernels.plan import Plan
 from alphabar.nets import AdamW, Tensor, UNet, backward, no_grad, plans
 from alphabar.nets.autograd import fresh_tape
+from alphabar.nets.descent import descend
 
 numba = pytest.importorskip("numba")
 cpu = pytest.importorskip("alphabar.kernels.cpu")
@@ -96,6 +98,61 @@ def test_predictions_are_those_of_the_plain_run(options: dict[str, Any], batch: 
         spoil(net)
         np.testing.assert_array_equal(net.predict(*args), plain(net, *args))
     assert complete(net) == [True]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_forward_loss_and_backward_as_one_are_those_of_the_plain_run(options: dict[str, Any], weighted: bool) -> None:
+    net = network(**options)
+    shape = (3, *net.config["image_size"], net.config["out_channels"])
+    for seed in range(4):
+        x, t, y = arguments(net, seed=seed)
+        target = np.random.default_rng(seed + 9).standard_normal(shape).astype(np.float32)
+        weight = np.float32([0.5, seed, 2]) if weighted else None
+        spoil(net)
+        net.params.grad[:] = seed  # which is not added to
+        value, output = descend(net, weighted_loss, (target, weight), x, t, y)
+        found = net.params.grad.copy()
+        with plainly():
+            net.params.zero_grad()
+            plain = net(x, t, y)
+            want, gradient = weighted_loss(plain.data, target, weight)
+            plain.backward(gradient)
+        for a, b in ((value, want), (output, plain.data), (found, net.params.grad)):
+            np.testing.assert_array_equal(a, b)
+        spoil(net)
+        np.testing.assert_array_equal(value, want)  # it is the caller's
+    assert complete(net) == [True]
+
+
+def test_one_pass_with_arguments_that_do_not_fit_or_a_loss_that_cannot_be_repeated() -> None:
+    net = network(classes=3)
+    x, t, y = arguments(net)
+
+    def of_numpy(output: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        d = output - target
+        return np.square(d).mean(axis=(1, 2, 3)), d * np.float32(2 / d.size)
+
+    for _ in range(3):
+        descend(net, weighted_loss, (x, None), x, t, y)
+        with pytest.raises(ValueError, match="y must be in 0"):
+            descend(net, weighted_loss, (x, None), x, t, y + 3)
+        with pytest.raises(TypeError, match="t must be"):
+            descend(net, weighted_loss, (x, None), x, t.astype(bool), y)
+        with pytest.raises(ValueError, match="output has shape"):
+            descend(net, weighted_loss, (x[:2], None), x, t, y)
+        with pytest.raises(TypeError, match="x is float64"):
+            descend(net, weighted_loss, (x, None), x.astype(np.float64), t, y)
+        with net.params.frozen(), pytest.raises(RuntimeError, match="nothing was recorded"):
+            descend(net, weighted_loss, (x, None), x, t, y)
+    assert complete(net) == [True]
+    for k in range(3):
+        np.testing.assert_allclose(
+            descend(net, of_numpy, (x + k,), x, t, y)[0], descend(net, weighted_loss, (x + k, None), x, t, y)[0], rtol=1e-5
+        )
+        own, _ = descend(net, lambda output, k=k: of_numpy(output, x + k), None, x, t, y)
+        np.testing.assert_array_equal(own, descend(net, of_numpy, (x + k,), x, t, y)[0])
+    assert len(net.plans.refusals()) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -425,6 +425,19 @@ def test_samples_of_a_batch_do_not_touch_each_other() -> None:
         np.testing.assert_allclose(net.predict(x[i : i + 1], t[i : i + 1], y[i : i + 1]), whole[i : i + 1], atol=1e-13)
 
 
+def test_the_way_up_makes_no_array_of_both_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block reads its input and the stored activation where they are; only tangents are taken of both together."""
+    net, joined, concat = small(), [], kernels.elementwise.concat
+    monkeypatch.setattr(kernels.elementwise, "concat", lambda a, b: joined.append(a.shape) or concat(a, b))
+    x, t, _ = arguments(net)
+    y = net(Tensor(x, needs_grad=True), t)
+    y.backward(np.ones_like(y.data))
+    net(x, t).backward(np.ones_like(x))
+    assert not joined
+    net(Tensor(x, tangent=np.ones_like(x)), t)
+    assert joined
+
+
 def test_no_label_is_the_null_label() -> None:
     net = small(classes=4)
     x, t, _ = arguments(net)

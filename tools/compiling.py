@@ -14,6 +14,8 @@ WHAT = "compiling kernels for this machine, once"
 
 SHARED = (warm.ELEMENTWISE, "normals", "conv2d", "attention", "silu")
 OPTIMISER = ("sum_squares", "adamw_ema")
+LOSS = {False: ("squared_error",), True: ("cross_entropy", "softmax")}  # of states that are discrete
+OF_WORDS = ("cross_entropy",)
 TOKENS = ("layer_norm", "add_gated", "rotary")
 NETWORK = {"unet": ("group_norm_silu",), "transformer": TOKENS, "word-diffusion": TOKENS}
 
@@ -21,7 +23,9 @@ NETWORK = {"unet": ("group_norm_silu",), "transformer": TOKENS, "word-diffusion"
 def needed(network: str, method: str, training: bool) -> list[str]:
     """The kernels that a kind of network and a method are made of."""
     process = ("categorical",) if method in DISCRETE else ("q_sample", "step")
-    families = (*SHARED, *NETWORK[network], *process, *(OPTIMISER if training else ()))
+    families = (*SHARED, *NETWORK[network], *process)
+    if training:
+        families += (*OPTIMISER, *LOSS[method in DISCRETE], *(OF_WORDS if network == "word-diffusion" else ()))
     return [name for name in warm.NAMES if name.startswith(families) and (training or "backward" not in name)]
 
 

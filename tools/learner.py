@@ -11,6 +11,7 @@ import numpy as np
 from alphabar.core import guidance
 from alphabar.core.data import to_unit
 from alphabar.nets.autograd import Tensor
+from alphabar.nets.descent import descend
 from alphabar.tools import networks
 from alphabar.tools.config import Config
 from alphabar.tools.methods import Process
@@ -22,11 +23,12 @@ HISTORY = "importance"  # the group of the losses that the times are drawn by
 
 @dataclass(frozen=True)
 class Attempt:
-    """The forward pass of one training step.
+    """The forward pass of one training step, and the backward pass where the two are made as one.
 
     value (B,): the loss of every sample. roots: the tensors that the backward pass starts from, each with the gradient of the
-    mean loss with respect to it. rows, times: what was taken from the data, and the times it was noised to. inputs, outputs: the
-    arrays to look at where something is not finite, in the order of computation. kept: what ``learn`` needs of it.
+    mean loss with respect to it; none where that pass has been made already. rows, times: what was taken from the data, and the
+    times it was noised to. inputs, outputs: the arrays to look at where something is not finite, in the order of computation.
+    kept: what ``learn`` needs of it.
     """
 
     value: Array
@@ -51,7 +53,7 @@ class Learner(ABC):
 
     @abstractmethod
     def attempt(self, k: int) -> Attempt:
-        """The forward pass of step ``k`` (from 0)."""
+        """The forward pass of step ``k`` (from 0), or forward and backward pass."""
 
     def learn(self, attempt: Attempt) -> None:  # noqa: B027
         """Take up what the losses of a finished step tell, where later steps depend on it."""
@@ -93,10 +95,9 @@ class GaussianLearner(Learner):
         images, labels, rows = self.batch(k)
         example = self.process.example(to_unit(images), self.config.train.seed, k)
         x_t = self.process.input(example.x_t, example.times)
-        output = self.net(x_t, example.times, self.told(labels, k), step=k)
-        value, gradient = self.process.loss(output.data, example)
-        arrays = {"output": output.data, "loss": value}
-        return Attempt(value, ((output, gradient),), rows, example.times, {"x_t": x_t}, arrays, example)
+        loss, wanted = self.process.criterion(example)
+        value, output = descend(self.net, loss, wanted, x_t, example.times, self.told(labels, k), k)
+        return Attempt(value, (), rows, example.times, {"x_t": x_t}, {"output": output, "loss": value}, example)
 
     def learn(self, attempt: Attempt) -> None:
         """Remember the losses that the times are drawn by."""

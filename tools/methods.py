@@ -25,6 +25,7 @@ from alphabar.core.levels import Ladder, Levels, Schedule, Tabulated
 from alphabar.core.sde import SDE, VESDE, VPSDE, SubVPSDE
 from alphabar.kernels import counter, streams
 from alphabar.kernels.arrays import array_module, native, restore, to_numpy
+from alphabar.nets.descent import Loss
 from alphabar.tools import config as configs
 from alphabar.tools.config import Config, ConfigError, Diffusion
 
@@ -133,12 +134,18 @@ class Process:
 
         With a learned variance that of :func:`alphabar.core.variance.hybrid_loss`, the decoder's 8-bit cells at t = 1.
         """
+        loss, wanted = self.criterion(example)
+        return loss(output, *(wanted or ()))
+
+    def criterion(self, example: Example) -> tuple[Loss, tuple[Array | None, ...] | None]:
+        """:meth:`loss` of an example as :func:`alphabar.nets.descent.descend` takes it: a function, and the arrays it wants."""
         e, s = example, self.levels
         if self.learned:
             assert isinstance(s, Tabulated)
-            return variance.hybrid_loss(output, e.target, e.times, s, self.prediction, e.x0, e.share, e.weight)
+            whole = (e.target, e.times, s, self.prediction, e.x0, e.share, e.weight)
+            return lambda output: variance.hybrid_loss(output, *whole), None
         weight = e.weight if e.share is None else e.share if e.weight is None else e.share * e.weight
-        return losses.weighted_loss(output, e.target, weight)
+        return losses.weighted_loss, (e.target, None if weight is None else weight.astype(e.target.dtype))
 
     def learn(self, example: Example, value: Array) -> None:
         """Take the losses of a step into the history that importance draws the times by."""

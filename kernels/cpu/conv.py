@@ -2,7 +2,8 @@
 
 All three share one geometry (:mod:`.conv_places`). Doubling by nearest neighbour and stride 2 (backwards) cost only the products
 that differ: 16 in place of 36, for example. Where channels are few, the shifts of a row that lie side by side are read as one
-run. Each sum runs in an order that depends on the shapes only, not on the threads. What suits Winograd's products goes there.
+run. Each sum runs in an order that depends on the shapes only, not on the threads. What suits Winograd's products, rows of few
+channels or a single pixel goes there.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ from numba import prange
 from .. import buffers
 from ..precisions import high
 from ..reference import conv_output_size
-from . import conv_weights, elementwise, winograd
+from . import conv_row, conv_shallow, conv_weights, elementwise, winograd
 from .conv_places import SHALLOW, addresses, geometry, of_runs, places_of, with_margins
 from .jit import jit, loops
 from .threads import PRODUCTS, alone_below, threads
@@ -185,13 +186,19 @@ def _gather(x, panels, bias, biased, out, period, step, margin, first, shifts, l
                             row += tall
 
 
+def _few(channels, depth):
+    """Whether dot tiles make the results: the lanes of a vector are on the summed channels."""
+    return channels <= COLS // 2 and depth % LANES == 0
+
+
 def _gathered(x, w, bias, out, stride, upsample, pad, backward):
     channels, depth = out.shape[3], x.shape[3]
-    few = channels <= COLS // 2 and depth % LANES == 0
+    few = _few(channels, depth)
     dense = not few and depth < SHALLOW
     period, step, reach, first, shifts, lengths, starts, members = geometry(w.shape[0], stride, upsample, pad, backward, dense)
+    shallow = dense and conv_shallow.suits(out.shape[2], channels, period, reach, lengths[0])
     margin = 0
-    if dense and reach != (0, 0):
+    if dense and not shallow and reach != (0, 0):
         rows, cols = (-(-n // period) for n in out.shape[1:3])
         x, margin = with_margins(x, reach, step, rows, cols), reach[0]
     in_place = not few and not backward and period == 1 and channels % COLS == 0
@@ -201,6 +208,9 @@ def _gathered(x, w, bias, out, stride, upsample, pad, backward):
         panels = buffers.for_weights((len(shifts) * -(-channels // size) * size * depth,), np.float32)
         _pack_weights(w.reshape(-1, *w.shape[2:]), first, lengths, starts, members, panels, backward, few)
     has, bias = bias is not None, panels if bias is None else bias
+    if shallow:
+        conv_shallow.convolve(x, panels, bias, has, out, step, reach[0], lengths[0], in_place, threads())
+        return out
     _gather(x, panels, bias, has, out, period, step, margin, first, shifts, lengths, dense, in_place, few, threads())
     return out
 
@@ -214,7 +224,10 @@ def conv2d(x, w, bias=None, stride=1, upsample=False, pad=None, out=None, shift=
     fast = not high(precision) and not (upsample and residual is not None)
     if fast and winograd.suits(x.shape, w.shape[3], kernel, stride, upsample, pad):
         return winograd.convolve(x, w, bias, out, upsample, shift=shift, residual=residual)
-    _gathered(x, w, bias, out, stride, upsample, pad, False)
+    if not _few(w.shape[3], w.shape[2]) and conv_row.suits(x.shape, kernel, upsample, pad):
+        conv_row.forward(x, w, bias, out)
+    else:
+        _gathered(x, w, bias, out, stride, upsample, pad, False)
     if shift is not None and out.size:
         flat = out.reshape(out.shape[0], -1, out.shape[3])
         elementwise.add_channels(flat, shift, 0, flat)
@@ -229,6 +242,8 @@ def conv2d_backward_input(dy, w, input_shape, stride=1, upsample=False, pad=None
         out = buffers.empty(tuple(input_shape), dy.dtype)
     if not high(precision) and winograd.suits(input_shape, w.shape[3], w.shape[0], stride, upsample, pad):
         return winograd.convolve(dy, w, None, out, upsample, backward=True)
+    if not _few(w.shape[2], w.shape[3]) and conv_row.suits(input_shape, w.shape[0], upsample, pad):
+        return conv_row.backward_input(dy, w, out)
     return _gathered(dy, w, None, out, stride, upsample, pad, True)
 
 
@@ -239,4 +254,6 @@ def conv2d_backward_weight(x, dy, kernel, stride=1, upsample=False, pad=None, ou
     dbias = buffers.empty((dy.shape[3],), x.dtype)
     if not high(precision) and winograd.suits(x.shape, dy.shape[3], kernel, stride, upsample, pad):
         return winograd.gradient(x, dy, out, dbias, upsample)
+    if conv_row.suits(x.shape, kernel, upsample, pad):
+        return conv_row.backward_weight(x, dy, out, dbias)
     return conv_weights.gradient(x, dy, out, dbias, kernel, stride, upsample, pad)

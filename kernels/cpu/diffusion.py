@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from .. import buffers
-from ..reference import BLOCK
+from ..reference import BLOCK, ROW
 from ..streams import FORWARD, SAMPLER
 from .jit import Entry, jit, loops
 from .lanes import drain, held, load_first, misplaced, prefetch, spread, store_first, store_past
@@ -21,6 +21,7 @@ MADE, GIVEN = 1, 2
 PAST = 48 << 20  # bytes of all operands and results; what is larger is written past the caches, which saves reading it first
 LONG = 1 << 14  # places of a span without noise to make
 _LINE = 16  # floats of a cache line
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 @jit(forceinline=True)
@@ -80,14 +81,22 @@ def _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, 
         drain()
 
 
+@jit
+def _noised_part(worker, workers, size, length, x0, eps, x_t, signal, noise, made, past, step, stream, first_sample, k0, k1):
+    spans = signal.size * ((size + length - 1) // length)
+    first, last = spans * worker // workers, spans * (worker + 1) // workers
+    words = step, stream, first_sample, k0, k1
+    _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, past, words)
+
+
 @loops
-def _noised_shared(spans, workers, size, length, x0, eps, x_t, signal, noise, made, past, words):
+def _noised_shared(workers, size, length, x0, eps, x_t, signal, noise, made, past, step, stream, first_sample, k0, k1):
     for worker in prange(workers):
-        first, last = spans * worker // workers, spans * (worker + 1) // workers
-        _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, past, words)
+        words = step, stream, first_sample, k0, k1
+        _noised_part(worker, workers, size, length, x0, eps, x_t, signal, noise, made, past, *words)
 
 
-_noised_alone = Entry(_noised_spans)
+_noised_alone = Entry(_noised_part)
 
 
 def q_sample(x0, t, signal, noise, eps=None, seed=0, step=0, stream=FORWARD, first_sample=0, out=None, eps_out=None):
@@ -98,17 +107,16 @@ def q_sample(x0, t, signal, noise, eps=None, seed=0, step=0, stream=FORWARD, fir
         eps_out[...] = eps
         eps = eps_out
     x_t = buffers.empty(x0.shape, x0.dtype) if out is None else out
-    if x0.size:
-        workers = 1 if x0.size < ELEMENTS else threads()
-        size, length = x0.size // x0.shape[0], BLOCK if made else LONG
-        spans = x0.shape[0] * -(-size // length)
-        operands = x0.reshape(-1), eps.reshape(-1), x_t.reshape(-1), signal[t].astype(np.float32), noise[t].astype(np.float32)
+    places = x0.size
+    if places:
+        past = 3 * x0.nbytes > PAST and x_t is not x0
+        levels = signal[t].astype(np.float32), noise[t].astype(np.float32)
         words = int(step), int(stream), int(first_sample), *key(int(seed))
-        how = size, length, *operands, made, 3 * x0.nbytes > PAST and x_t is not x0, words
-        if workers == 1:
-            _noised_alone(0, spans, *how)
+        how = places // x0.shape[0], BLOCK if made else LONG, x0.ravel(), eps.ravel(), x_t.ravel(), *levels, made, past, *words
+        if places < ELEMENTS or (workers := threads()) == 1:
+            _noised_alone(0, 1, *how)
         else:
-            _noised_shared(spans, workers, *how)
+            _noised_shared(workers, *how)
     return x_t, eps
 
 
@@ -187,14 +195,95 @@ def _spans(first, last, size, length, operands, k, depth, guided, source, keep, 
         drain()
 
 
+@jit
+def _part(
+    worker, workers, size, length, places, x, m, past1, past2, past3, guidance, noise, store, out, rows, i, low, high, depth,
+    guided, source, keep, clip, past, step, stream, first_sample, k0, k1,
+):  # fmt: skip
+    """The share of one worker. Arrays and numbers come one by one: a tuple of them takes longer to hand over."""
+    r = rows[i]
+    k = r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], low, high
+    operands = x, m, past1, past2, past3, guidance, noise, store, out
+    spans = places // size * ((size + length - 1) // length)
+    first, last = spans * worker // workers, spans * (worker + 1) // workers
+    words = step, stream, first_sample, k0, k1
+    _spans(first, last, size, length, operands, k, depth, guided, source, keep, clip, past, words)
+
+
 @loops
-def _shared(spans, workers, size, length, operands, k, depth, guided, source, keep, clip, past, words):
+def _shared(
+    workers, size, length, places, x, m, past1, past2, past3, guidance, noise, store, out, rows, i, low, high, depth,
+    guided, source, keep, clip, past, step, stream, first_sample, k0, k1,
+):  # fmt: skip
     for worker in prange(workers):
-        first, last = spans * worker // workers, spans * (worker + 1) // workers
-        _spans(first, last, size, length, operands, k, depth, guided, source, keep, clip, past, words)
+        _part(
+            worker, workers, size, length, places, x, m, past1, past2, past3, guidance, noise, store, out, rows, i, low, high,
+            depth, guided, source, keep, clip, past, step, stream, first_sample, k0, k1,
+        )  # fmt: skip
 
 
-_alone = Entry(_spans)
+_alone = Entry(_part)
+
+
+@jit
+def _plain_part(worker, workers, length, x, m, out, rows, i, low, high, clip, past):
+    r, places = rows[i], x.size
+    k = r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], low, high
+    spans = (places + length - 1) // length
+    first, last = spans * worker // workers, spans * (worker + 1) // workers
+    operands, words = (x, m, x, x, x, x, x, x, out), (0, 0, 0, 0, 0)
+    _spans(first, last, places, length, operands, k, 0, False, 0, False, clip, past, words)
+
+
+@loops
+def _plain_shared(workers, length, x, m, out, rows, i, low, high, clip, past):
+    for worker in prange(workers):
+        _plain_part(worker, workers, length, x, m, out, rows, i, low, high, clip, past)
+
+
+_plain_alone = Entry(_plain_part)
+
+
+def _plain(x, m, rows, i, clip, out):
+    """A step without noise and further operands: few arguments to hand over, which counts where the images lie in the cache."""
+    places = x.size
+    if places:
+        low, high = (0.0, 0.0) if clip is None else clip
+        how = (
+            x.ravel(),
+            m.ravel(),
+            out.ravel(),
+            rows,
+            i,
+            float(low),
+            float(high),
+            clip is not None,
+            3 * x.nbytes > PAST and out is not x,
+        )
+        if places < ELEMENTS or (workers := threads()) == 1:
+            _plain_alone(0, 1, places, *how)
+        else:
+            _plain_shared(workers, -(-places // (_LINE * workers)) * _LINE, *how)
+    return out
+
+
+def step_directly(
+    x, m, rows, i, history=(), guidance=None, noise=None, clip=None, seed=0, stream=SAMPLER, first_sample=0, out=None, store=None
+):
+    """The commonest steps, before any other check of the arguments. None where they are not beyond doubt those of such a step."""
+    if not (
+        noise is None and store is None and guidance is None and clip is None and history == ()
+        and type(x) is type(m) is type(rows) is np.ndarray and x.dtype is m.dtype is _FLOAT32 and rows.dtype is _FLOAT64
+        and x.flags.carray and m.flags.carray and rows.flags.carray and x.shape and x.shape == m.shape and rows.ndim == 2
+        and rows.shape[1] == len(ROW) and type(i) is type(seed) is type(stream) is type(first_sample) is int
+        and 0 <= i < rows.shape[0] and 0 <= seed < 2**64 and 0 <= stream < 2**32 and 0 <= first_sample < 2**32
+    ):  # fmt: skip
+        return None
+    if out is None:
+        out = buffers.empty(x.shape, _FLOAT32)
+    elif not (type(out) is np.ndarray and out.dtype is _FLOAT32 and out.flags.carray and out.shape == x.shape):
+        return None
+    return _plain(x, m, rows, i, None, out)
 
 
 def step(
@@ -202,28 +291,31 @@ def step(
 ):
     if out is None:
         out = buffers.empty(x.shape, x.dtype)
-    places, depth, source = x.size, len(history), MADE if noise is True else 0 if noise is None else GIVEN
+    if not rows.flags.carray or rows.dtype != _FLOAT64:
+        rows, row = rows[i : i + 1].astype(_FLOAT64), 0
+    else:
+        row = int(i)
+    depth, guided, keep = len(history), guidance is not None, store is not None
+    source = MADE if noise is True else 0 if noise is None else GIVEN
+    if not (depth or guided or keep or source):
+        return _plain(x, m, rows, row, clip, out)
+    places = x.size
     if not places:
         return out
-    flat = x.reshape(-1)
-    past1 = history[0].reshape(-1) if depth > 0 else flat
-    past2 = history[1].reshape(-1) if depth > 1 else flat
-    past3 = history[2].reshape(-1) if depth > 2 else flat
-    guided = flat if guidance is None else guidance.reshape(-1)
-    given = noise.reshape(-1) if source == GIVEN else flat
-    kept = flat if store is None else store.reshape(-1)
-    operands = flat, m.reshape(-1), past1, past2, past3, guided, given, kept, out.reshape(-1)
-    arrays = 3 + depth + (guided is not flat) + (given is not flat) + (kept is not flat)
-    past = arrays * x.nbytes > PAST and out is not x
+    flat = x.ravel()
+    past1 = history[0].ravel() if depth > 0 else flat
+    past2 = history[1].ravel() if depth > 1 else flat
+    past3 = history[2].ravel() if depth > 2 else flat
+    guide, given = guidance.ravel() if guided else flat, noise.ravel() if source == GIVEN else flat
+    operands = flat, m.ravel(), past1, past2, past3, guide, given, store.ravel() if keep else flat, out.ravel()
+    past = (3 + depth + guided + (source == GIVEN) + keep) * x.nbytes > PAST and out is not x
     low, high = (0.0, 0.0) if clip is None else clip
-    k = *rows[i].tolist(), float(low), float(high)
-    words = int(i), int(stream), int(first_sample), *key(int(seed))
-    how = operands, k, depth, guidance is not None, source, store is not None, clip is not None, past, words
     workers = 1 if places < ELEMENTS else threads()
     size, length = (places // x.shape[0], BLOCK) if source == MADE else (places, -(-places // (_LINE * workers)) * _LINE)
-    spans = places // size * -(-size // length)
+    how = rows, row, float(low), float(high), depth, guided, source, keep, clip is not None, past
+    words = int(i), int(stream), int(first_sample), *key(int(seed))
     if workers == 1:
-        _alone(0, spans, size, length, *how)
+        _alone(0, 1, size, length, places, *operands, *how, *words)
     else:
-        _shared(spans, workers, size, length, *how)
+        _shared(workers, size, length, places, *operands, *how, *words)
     return out

@@ -114,6 +114,17 @@ def load_first(typingctx: Any, x: Any, j: Any, count: Any) -> Any:
 
 
 @intrinsic
+def load_over(typingctx: Any, x: Any, j: Any, count: Any, v: Any) -> Any:
+    """As :func:`load_first`, with the lanes of v after the first ``count``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kinds = [_VEC.as_pointer(), _I32, _MASK, _VEC]
+        return _masked(builder, "load", _VEC, kinds, [_place(builder, *args[:2]), _I32(4), _first(builder, args[2]), args[3]])
+
+    return lanes(types.intp, types.intp, types.intp, lanes), codegen
+
+
+@intrinsic
 def store(typingctx: Any, x: Any, j: Any, v: Any) -> Any:
     """x[j : j + LANES] = v."""
 
@@ -173,6 +184,70 @@ def held(typingctx: Any, v: Any, low: Any, high: Any) -> Any:
 
 
 @intrinsic
+def select_below(typingctx: Any, a: Any, b: Any, v: Any, w: Any) -> Any:
+    """The lanes of v where a < b, of w elsewhere; where a or b is NaN, those of w."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b, v, w = args
+        return builder.select(builder.fcmp_ordered("<", a, b), v, w)
+
+    return lanes(lanes, lanes, lanes, lanes), codegen
+
+
+@intrinsic
+def with_lane(typingctx: Any, v: Any, lane: Any, w: Any) -> Any:
+    """v with the one lane of w; v itself where there is no such lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        v, lane, w = args
+        places = ir.Constant(_INT_VEC, list(range(LANES)))
+        return builder.select(builder.icmp_signed("==", places, _spread(builder, builder.trunc(lane, _I32), _INT_VEC)), w, v)
+
+    return lanes(lanes, types.intp, lanes), codegen
+
+
+def _double(builder: Any, v: Any) -> Any:
+    return builder.fpext(v, ir.VectorType(ir.DoubleType(), LANES))
+
+
+def _halved(builder: Any, v: Any, combine: Any) -> Any:
+    """One number from all lanes: lane i with lane i + half, then by halves of that."""
+    count = LANES
+    while count > 1:
+        count //= 2
+        low, high = (ir.Constant(ir.VectorType(_I32, count), list(range(at, at + count))) for at in (0, count))
+        undefined = ir.Constant(v.type, ir.Undefined)
+        v = combine(builder.shuffle_vector(v, undefined, low), builder.shuffle_vector(v, undefined, high))
+    return builder.extract_element(v, _I32(0))
+
+
+@intrinsic
+def total(typingctx: Any, v: Any) -> Any:
+    """The sum of all lanes, in float64, in a fixed order."""
+    return types.float64(lanes), lambda context, builder, sig, args: _halved(builder, _double(builder, args[0]), builder.fadd)
+
+
+@intrinsic
+def total_of_both(typingctx: Any, v: Any, w: Any) -> Any:
+    """The sum of all lanes of v and w, in float64, in a fixed order."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _halved(builder, builder.fadd(*(_double(builder, a) for a in args)), builder.fadd)
+
+    return types.float64(lanes, lanes), codegen
+
+
+@intrinsic
+def largest(typingctx: Any, v: Any) -> Any:
+    """The largest of all lanes; a NaN may be passed over."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _halved(builder, args[0], lambda a, b: builder.select(builder.fcmp_ordered("<", a, b), b, a))
+
+    return types.float32(lanes), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, x: Any, j: Any) -> Any:
     """Begin to bring x[j] into the first-level cache."""
 
@@ -204,6 +279,17 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def _scaled(typingctx: Any, p: Any, t: Any) -> Any:
+    """p·2^n for t = 1.5·2²³ + n, whose low bits hold n: n is added to the exponent of p."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        p, t = (builder.bitcast(x, _INT_VEC) for x in args)
+        return builder.bitcast(builder.add(p, builder.shl(t, ir.Constant(_INT_VEC, [23] * LANES))), _VEC)
+
+    return lanes(lanes, lanes), codegen
+
+
+@intrinsic
 def _power(typingctx: Any, t: Any) -> Any:
     """2^n of t = 1.5·2²³ + n, whose low bits hold n."""
 
@@ -227,3 +313,27 @@ def exp(x):
     p = fma(p, r, spread(F(1.6666665459e-1)))
     p = fma(p, r, spread(F(5.0000001201e-1)))
     return (fma(p, r * r, r) + F(1)) * _power(t)
+
+
+@jit(forceinline=True)
+def exp_or_0(x):
+    """As :func:`exp`, but 0 below -87, where e^x is next to the smallest float32."""
+    return select_below(x, spread(F(-87)), spread(F(0)), exp(x))
+
+
+@jit(forceinline=True)
+def sigmoid(v):
+    """1/(1 + e^−v), about 1e-7 of 1; v is held in [-87, 87].
+
+    e^−v = 2^(n + r) with n = round(−v·log₂e), and 2^r by the polynomial that is nearest on [-½, ½], 2e-9 relative.
+    """
+    v = held(v, spread(F(-87)), spread(F(87)))
+    t = fma(v, F(-1.44269504088896341), spread(F(12582912)))
+    r = fma(v, F(-1.44269504088896341), F(12582912) - t)
+    p = fma(r, F(1.5352138e-4), spread(F(1.33988426e-3)))
+    p = fma(p, r, spread(F(9.61844183e-3)))
+    p = fma(p, r, spread(F(5.55033258e-2)))
+    p = fma(p, r, spread(F(0.240226479)))
+    p = fma(p, r, spread(F(0.693147203)))
+    p = fma(p, r, spread(F(1)))
+    return spread(F(1)) / (_scaled(p, t) + F(1))

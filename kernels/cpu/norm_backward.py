@@ -7,130 +7,173 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
-from .lanes import exp, fma, load_first, spread, store_first
-from .norm import RUN, add_up, shares
+from .lanes import fma, load_first, sigmoid, spread, store_first
+from .norm import RUN, add_up, fill_groups, flattened, parts_of, shares
 from .threads import ELEMENTS, alone_below, threads
 from .vector import LANES, F
 
+MEAN, FACTOR, OFFSET, BY, ALONG, BACK = range(6)  # lines of a sample: one number for each channel
+LINES = 6
+
 
 @jit(forceinline=True)
-def _slope(dx, dy, x, i, count, m, f, o, silu):
+def _slope(dx, dy, j, x, i, count, m, f, o, silu):
     """dv, which goes to dx, and x − mean."""
-    h, d = load_first(x, i, count) - m, load_first(dy, i, count)
+    h, d = load_first(x, i, count) - m, load_first(dy, j, count)
     if silu:
         v = fma(h, f, o)
-        sig = spread(F(1)) / (exp(F(0) - v) + F(1))
+        sig = sigmoid(v)
         d = d * (sig * fma(v, F(1) - sig, spread(F(1))))
     store_first(dx, i, d, count)
     return d, h
 
 
 @jit(forceinline=True)
-def _slopes_of(dx, dy, x, i, step, two, mean, factor, offset, silu, sums, channels, c, count):
+def _slopes_of(dx, dy, j, step, x, i, width, four, mean, factor, offset, silu, sums, line, c, count):
     m, f, o = load_first(mean, c, count), load_first(factor, c, count), load_first(offset, c, count)
-    s, h = _slope(dx, dy, x, i, count, m, f, o, silu)
+    s, h = _slope(dx, dy, j, x, i, count, m, f, o, silu)
     q = s * h
-    if two:
-        d, h = _slope(dx, dy, x, i + step, count, m, f, o, silu)
+    if four:
+        d, h = _slope(dx, dy, j + step, x, i + width, count, m, f, o, silu)
+        s, q = s + d, fma(d, h, q)
+        d, h = _slope(dx, dy, j + 2 * step, x, i + 2 * width, count, m, f, o, silu)
+        s, q = s + d, fma(d, h, q)
+        d, h = _slope(dx, dy, j + 3 * step, x, i + 3 * width, count, m, f, o, silu)
         s, q = s + d, fma(d, h, q)
     store_first(sums, c, load_first(sums, c, count) + s, count)
-    store_first(sums, channels + c, load_first(sums, channels + c, count) + q, count)
+    store_first(sums, line + c, load_first(sums, line + c, count) + q, count)
 
 
 @jit
-def _slopes(dx, dy, x, rows, channels, mean, factor, offset, silu, sums):
-    """dx = dv, and sums += Σ dv, Σ dv·(x − mean) over the rows, per channel."""
-    whole, rest = channels - channels % LANES, channels % LANES
-    for p in range(0, rows, 2):
-        i, two = p * channels, p + 1 < rows
-        if two:
+def _slopes(dx, dy, step, x, width, rows, mean, factor, offset, silu, sums, line):
+    """dx = dv, and sums += Σ dv, Σ dv·(x − mean) over the rows, per channel. Rows of dy lie ``step`` apart."""
+    whole, rest = width - width % LANES, width % LANES
+    p = 0
+    while p < rows:
+        i, j, four = p * width, p * step, p + 4 <= rows
+        if four:
             for c in range(0, whole, LANES):
-                _slopes_of(dx, dy, x, i + c, channels, True, mean, factor, offset, silu, sums, channels, c, LANES)
+                _slopes_of(dx, dy, j + c, step, x, i + c, width, True, mean, factor, offset, silu, sums, line, c, LANES)
         else:
             for c in range(0, whole, LANES):
-                _slopes_of(dx, dy, x, i + c, channels, False, mean, factor, offset, silu, sums, channels, c, LANES)
+                _slopes_of(dx, dy, j + c, step, x, i + c, width, False, mean, factor, offset, silu, sums, line, c, LANES)
         if rest:
-            _slopes_of(dx, dy, x, i + whole, channels, two, mean, factor, offset, silu, sums, channels, whole, rest)
+            at = j + whole, step, x, i + whole
+            _slopes_of(dx, dy, *at, width, four, mean, factor, offset, silu, sums, line, whole, rest)
+        p += 4 if four else 1
 
 
 @jit(forceinline=True)
-def _combine_of(dx, x, i, mean, factor, b, c0, c, count):
-    h = load_first(x, i, count) - load_first(mean, c, count)
-    rest = fma(load_first(b, c, count), h, load_first(c0, c, count))
-    store_first(dx, i, fma(load_first(factor, c, count), load_first(dx, i, count), rest), count)
+def _combine_to(dx, x, i, m, f, a, b, count):
+    rest = fma(a, load_first(x, i, count) - m, b)
+    store_first(dx, i, fma(f, load_first(dx, i, count), rest), count)
+
+
+@jit(forceinline=True)
+def _combine_of(dx, x, i, width, four, mean, factor, along, back, c, count):
+    m, f = load_first(mean, c, count), load_first(factor, c, count)
+    a, b = load_first(along, c, count), load_first(back, c, count)
+    _combine_to(dx, x, i, m, f, a, b, count)
+    if four:
+        _combine_to(dx, x, i + width, m, f, a, b, count)
+        _combine_to(dx, x, i + 2 * width, m, f, a, b, count)
+        _combine_to(dx, x, i + 3 * width, m, f, a, b, count)
 
 
 @jit
-def _combine(dx, x, rows, channels, mean, factor, b, c0):
-    """dx = factor·dx + b·(x − mean) + c0 per channel."""
-    whole, rest = channels - channels % LANES, channels % LANES
-    for p in range(rows):
-        i = p * channels
-        for c in range(0, whole, LANES):
-            _combine_of(dx, x, i + c, mean, factor, b, c0, c, LANES)
+def _combine(dx, x, width, rows, mean, factor, along, back):
+    """dx = factor·dx + along·(x − mean) + back per channel."""
+    whole, rest = width - width % LANES, width % LANES
+    p = 0
+    while p < rows:
+        i, four = p * width, p + 4 <= rows
+        if four:
+            for c in range(0, whole, LANES):
+                _combine_of(dx, x, i + c, width, True, mean, factor, along, back, c, LANES)
+        else:
+            for c in range(0, whole, LANES):
+                _combine_of(dx, x, i + c, width, False, mean, factor, along, back, c, LANES)
         if rest:
-            _combine_of(dx, x, i + whole, mean, factor, b, c0, whole, rest)
+            _combine_of(dx, x, i + whole, width, four, mean, factor, along, back, whole, rest)
+        p += 4 if four else 1
 
 
 @jit
-def _lines(gamma, beta, groups, mean, rstd, n, scale, shift, modulated, lines):
+def _lines(gamma, beta, mean, rstd, n, scale, shift, modulated, lines):
     """For each channel its mean, factor, offset, and the factor without rstd."""
-    channels = gamma.size
+    fill_groups(mean, lines[MEAN])
+    fill_groups(rstd, lines[FACTOR])
+    factor, offset, by = lines[FACTOR], lines[OFFSET], lines[BY]
+    if modulated:
+        for c in range(gamma.size):
+            one_plus = F(1) + scale[n, c]
+            by[c], offset[c] = gamma[c] * one_plus, beta[c] * one_plus + shift[n, c]
+            factor[c] *= by[c]
+    else:
+        for c in range(gamma.size):
+            by[c], offset[c] = gamma[c], beta[c]
+            factor[c] *= gamma[c]
+
+
+@jit
+def _slopes_chunk(dx, dtail, dy, x, tail, chunk, lines, silu, part):
+    start, own, line = chunk * RUN, x.shape[1], dy.shape[1]
+    rows = min(RUN, x.shape[0] - start)
+    mean, sums, of, at = lines.ctypes.data, part.ctypes.data, dy.ctypes.data + 4 * start * line, 4 * start * own
+    factor, offset = mean + 4 * FACTOR * line, mean + 4 * OFFSET * line
+    part[:] = 0
+    _slopes(dx.ctypes.data + at, of, line, x.ctypes.data + at, own, rows, mean, factor, offset, silu, sums, line)
+    if line > own:
+        at, skip, more = 4 * start * (line - own), 4 * own, line - own
+        given = dtail.ctypes.data + at, of + skip, line, tail.ctypes.data + at, more, rows
+        _slopes(*given, mean + skip, factor + skip, offset + skip, silu, sums + skip, line)
+
+
+@jit
+def _combine_chunk(dx, dtail, x, tail, chunk, lines):
+    start, own, line = chunk * RUN, x.shape[1], lines.shape[1]
+    rows = min(RUN, x.shape[0] - start)
+    mean, at = lines.ctypes.data, 4 * start * own
+    factor, along, back = mean + 4 * FACTOR * line, mean + 4 * ALONG * line, mean + 4 * BACK * line
+    _combine(dx.ctypes.data + at, x.ctypes.data + at, own, rows, mean, factor, along, back)
+    if line > own:
+        at, skip = 4 * start * (line - own), 4 * own
+        given = dtail.ctypes.data + at, tail.ctypes.data + at, line - own, rows
+        _combine(*given, mean + skip, factor + skip, along + skip, back + skip)
+
+
+@jit
+def _projections(parts, rows, gamma, beta, rstd, n, scale, modulated, modulation, lines, total):
+    """From the chunks' sums, in ``total``: Σ dn and Σ dn·x̂ per channel; and the two lines of :func:`_combine`."""
+    channels, groups = gamma.size, rstd.size
     size = channels // groups
-    for g in range(groups):
-        for c in range(g * size, (g + 1) * size):
-            lines[0, c], lines[1, c] = mean[g], rstd[g]
-    factor, offset, by = lines[1], lines[2], lines[3]
+    room = np.empty((4, channels))
+    sums, plain, turned = room[:2], room[2], room[3]
+    add_up(parts, sums)
+    by = lines[BY]
     for c in range(channels):
-        by[c], offset[c] = gamma[c], beta[c]
+        plain[c], turned[c] = sums[0, c] * by[c], sums[1, c] * by[c]
+    share = 1 / (rows * size)
+    along, back = lines[ALONG], lines[BACK]
+    for g in range(groups):
+        r = np.float64(rstd[g])
+        a = b = 0.0
+        for c in range(g * size, (g + 1) * size):
+            a += plain[c]
+            b += turned[c]
+        a, b = -r * (a * share), -r * r * r * (b * share)
+        for c in range(g * size, (g + 1) * size):
+            along[c], back[c] = b, a
+            sums[1, c] *= r
     if modulated:
         for c in range(channels):
             one_plus = F(1) + scale[n, c]
-            by[c], offset[c] = by[c] * one_plus, offset[c] * one_plus + shift[n, c]
-    for c in range(channels):
-        factor[c] *= by[c]
-
-
-@jit
-def _slopes_chunk(dx, dy, x, chunk, lines, silu, part):
-    rows, channels = min(RUN, x.shape[0] - chunk * RUN), x.shape[1]
-    at, start = lines.ctypes.data, 4 * chunk * RUN * channels
-    part[:] = 0
-    of = dx.ctypes.data + start, dy.ctypes.data + start, x.ctypes.data + start
-    _slopes(*of, rows, channels, at, at + 4 * channels, at + 8 * channels, silu, part.ctypes.data)
-
-
-@jit
-def _combine_chunk(dx, x, chunk, lines):
-    rows, channels = min(RUN, x.shape[0] - chunk * RUN), x.shape[1]
-    at, start, line = lines.ctypes.data, 4 * chunk * RUN * channels, 4 * channels
-    of = dx.ctypes.data + start, x.ctypes.data + start
-    _combine(*of, rows, channels, at, at + line, at + 4 * line, at + 5 * line)
-
-
-@jit
-def _projections(parts, rows, gamma, beta, groups, rstd, n, scale, modulated, dscale, dshift, lines, total):
-    """From the chunks' sums, in ``total``: Σ dn and Σ dn·x̂ per channel; and the two lines of :func:`_combine`."""
-    channels = gamma.size
-    size = channels // groups
-    add_up(parts, total)
-    for g in range(groups):
-        r = np.float64(rstd[g])
-        g_mean = gh_mean = 0.0
-        for c in range(g * size, (g + 1) * size):
-            total[1, c] *= r
-            g_mean += total[0, c] * lines[3, c]
-            gh_mean += total[1, c] * lines[3, c]
-        g_mean /= rows * size
-        gh_mean /= rows * size
-        for c in range(g * size, (g + 1) * size):
-            lines[4, c], lines[5, c] = -r * r * gh_mean, -r * g_mean
-    if modulated:
+            modulation[1, n, c] = sums[0, c]
+            modulation[0, n, c] = sums[1, c] * gamma[c] + sums[0, c] * beta[c]
+            total[0, c], total[1, c] = sums[0, c] * one_plus, sums[1, c] * one_plus
+    else:
         for c in range(channels):
-            dshift[n, c] = total[0, c]
-            dscale[n, c] = total[1, c] * gamma[c] + total[0, c] * beta[c]
-            total[0, c] *= F(1) + scale[n, c]
-            total[1, c] *= F(1) + scale[n, c]
+            total[0, c], total[1, c] = sums[0, c], sums[1, c]
 
 
 @jit
@@ -141,9 +184,9 @@ def _backward_tasks(
     stage,
     dy,
     x,
+    tail,
     gamma,
     beta,
-    groups,
     mean,
     rstd,
     scale,
@@ -151,57 +194,57 @@ def _backward_tasks(
     modulated,
     silu,
     dx,
-    dscale,
-    dshift,
-    lines,
-    parts,
+    dtail,
+    modulation,
+    work,
+    slot,
     totals,
 ):
     """Both stages of whole samples, or one stage of a chunk each."""
-    chunks = parts.shape[1]
+    chunks = (work.shape[1] - LINES) // 2
     for task in range(first, last):
         n, start, end = (task, 0, chunks) if whole else (task // chunks, task % chunks, task % chunks + 1)
+        lines, parts = parts_of(work, slot if whole else n, LINES)
         if whole:
-            _lines(gamma, beta, groups, mean[n], rstd[n], n, scale, shift, modulated, lines[n])
+            _lines(gamma, beta, mean[n], rstd[n], n, scale, shift, modulated, lines)
         if stage == 0:
             for chunk in range(start, end):
-                _slopes_chunk(dx[n], dy[n], x[n], chunk, lines[n], silu, parts[n, chunk])
+                _slopes_chunk(dx[n], dtail[n], dy[n], x[n], tail[n], chunk, lines, silu, parts[chunk])
         if whole:
-            extra = n, scale, modulated, dscale, dshift
-            _projections(parts[n], x.shape[1], gamma, beta, groups, rstd[n], *extra, lines[n], totals[n])
+            of = gamma, beta, rstd[n], n, scale, modulated, modulation
+            _projections(parts, x.shape[1], *of, lines, totals[n])
         if whole or stage == 1:
             for chunk in range(start, end):
-                _combine_chunk(dx[n], x[n], chunk, lines[n])
+                _combine_chunk(dx[n], dtail[n], x[n], tail[n], chunk, lines)
 
 
 @jit
-def _backward_between(
-    stage, gamma, beta, groups, rows, mean, rstd, scale, shift, modulated, dscale, dshift, lines, parts, totals
-):
+def _backward_between(stage, gamma, beta, rows, mean, rstd, scale, shift, modulated, modulation, work, totals):
     """What comes before a stage of the chunks of all samples."""
-    for n in range(parts.shape[0]):
+    for n in range(totals.shape[0]):
+        lines, parts = parts_of(work, n, LINES)
         if stage == 0:
-            _lines(gamma, beta, groups, mean[n], rstd[n], n, scale, shift, modulated, lines[n])
+            _lines(gamma, beta, mean[n], rstd[n], n, scale, shift, modulated, lines)
         else:
-            extra = n, scale, modulated, dscale, dshift
-            _projections(parts[n], rows, gamma, beta, groups, rstd[n], *extra, lines[n], totals[n])
+            of = gamma, beta, rstd[n], n, scale, modulated, modulation
+            _projections(parts, rows, *of, lines, totals[n])
 
 
 @jit
-def _sum_samples(totals, dgamma, dbeta):
+def _sum_samples(totals, affine):
     total = np.empty(totals.shape[1:])
     add_up(totals, total)
-    dbeta[:] = total[0]
-    dgamma[:] = total[1]
+    affine[0, :] = total[1]
+    affine[1, :] = total[0]
 
 
 @loops
 def _backward(
     dy,
     x,
+    tail,
     gamma,
     beta,
-    groups,
     mean,
     rstd,
     scale,
@@ -209,12 +252,10 @@ def _backward(
     modulated,
     silu,
     dx,
-    dgamma,
-    dbeta,
-    dscale,
-    dshift,
-    lines,
-    parts,
+    dtail,
+    affine,
+    modulation,
+    work,
     totals,
     whole,
     tasks,
@@ -222,30 +263,32 @@ def _backward(
 ):
     for stage in range(1 if whole else 2):
         if not whole:
-            given = gamma, beta, groups, x.shape[1], mean, rstd, scale, shift, modulated
-            _backward_between(stage, *given, dscale, dshift, lines, parts, totals)
+            given = gamma, beta, x.shape[1], mean, rstd, scale, shift, modulated
+            _backward_between(stage, *given, modulation, work, totals)
         for worker in prange(workers):
             first, last = tasks * worker // workers, tasks * (worker + 1) // workers
-            of = dy, x, gamma, beta, groups, mean, rstd, scale, shift, modulated, silu
-            _backward_tasks(first, last, whole, stage, *of, dx, dscale, dshift, lines, parts, totals)
-    _sum_samples(totals, dgamma, dbeta)
+            of = dy, x, tail, gamma, beta, mean, rstd, scale, shift, modulated, silu
+            _backward_tasks(first, last, whole, stage, *of, dx, dtail, modulation, work, np.int64(worker), totals)
+    _sum_samples(totals, affine)
 
 
 @alone_below(ELEMENTS, lambda dy, *_, **__: dy.size)
-def group_norm_silu_backward(dy, x, gamma, beta, groups, mean, rstd, scale=None, shift=None, silu=True, out=None):
-    batch, channels = x.shape[0], x.shape[-1]
+def group_norm_silu_backward(
+    dy, x, gamma, beta, groups, mean, rstd, scale=None, shift=None, silu=True, out=None, tail=None, tail_out=None
+):
+    batch, channels, places = x.shape[0], gamma.size, prod(x.shape[1:-1])
     dx = buffers.empty(x.shape, x.dtype) if out is None else out
-    dgamma, dbeta = buffers.empty((2, channels), x.dtype)
-    dscale = dshift = None
+    affine = buffers.empty((2, channels), x.dtype)
     modulated = scale is not None
-    if modulated:
-        dscale, dshift = buffers.empty((2, batch, channels), x.dtype)
-    flat = batch, prod(x.shape[1:-1]), channels
-    lines = buffers.empty((batch, 6, channels), np.float32)
-    parts = buffers.empty((batch, -(-flat[1] // RUN), 2, channels), np.float32)
-    totals = buffers.empty((batch, 2, channels), np.float64)
-    given = dy.reshape(flat), x.reshape(flat), gamma, beta, groups, mean, rstd
+    modulation = buffers.empty((2, batch, channels), x.dtype) if modulated else affine[:, None]
+    chunks = -(-places // RUN)
+    whole, tasks, workers = shares(batch, chunks, threads())
+    work = buffers.empty((workers if whole else batch, LINES + 2 * chunks, channels), np.float32)
+    totals = buffers.empty((batch, 2, channels), np.float32)
+    flat, flat_dx = flattened(x, places), flattened(dx, places)
+    more, flat_dtail = (flat, flat_dx) if tail is None else (flattened(tail, places), flattened(tail_out, places))
     extra = (scale, shift, True) if modulated else (mean, mean, False)
-    made = dx.reshape(flat), dgamma, dbeta, *((dscale, dshift) if modulated else (mean, mean))
-    _backward(*given, *extra, silu, *made, lines, parts, totals, *shares(*parts.shape[:2], threads()))
-    return dx, dgamma, dbeta, dscale, dshift
+    given = flattened(dy, places), flat, more, gamma, beta, mean, rstd, *extra, silu
+    made = flat_dx, flat_dtail, affine, modulation, work, totals
+    _backward(*given, *made, whole, tasks, workers)
+    return dx, *affine, *(modulation if modulated else (None, None))

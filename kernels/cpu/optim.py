@@ -29,7 +29,7 @@ def _sum_squares(x, partial):
 def sum_squares(x):
     partial = buffers.empty((max(1, -(-x.size // _CHUNK)),), np.float64)
     _sum_squares(x.reshape(-1), partial)
-    return partial.sum(keepdims=True)
+    return np.add.reduce(partial, keepdims=True)
 
 
 @jit(fastmath={"contract"})
@@ -48,10 +48,11 @@ def _update(p, g, m, v, ema, clip, b1, b2, shrink, rate, correction, eps, decay)
 
 @loops
 def _adamw(p, g, m, v, ema, clip, b1, b2, shrink, rate, correction, eps, decay):
+    numbers = F(clip), F(b1), F(b2), F(shrink), F(rate), F(correction), F(eps), F(decay)
     chunks = (p.size + _CHUNK - 1) // _CHUNK
     for k in prange(chunks):
         a, b = k * _CHUNK, min(p.size, (k + 1) * _CHUNK)
-        _update(p[a:b], g[a:b], m[a:b], v[a:b], ema[a:b], clip, b1, b2, shrink, rate, correction, eps, decay)
+        _update(p[a:b], g[a:b], m[a:b], v[a:b], ema[a:b], *numbers)
 
 
 @alone_below(ELEMENTS, lambda param, *_, **__: param.size)
@@ -60,4 +61,4 @@ def adamw_ema(param, grad, m, v, ema, lr, beta1, beta2, eps, weight_decay, step,
     if norm_sq is not None and np.isfinite(max_norm):
         clip = np.minimum(1.0, max_norm / (np.sqrt(norm_sq[0]) + 1e-6))
     numbers = clip, beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta2**step, eps, ema_decay
-    _adamw(param, grad, m, v, ema, *map(F, numbers))
+    _adamw(param, grad, m, v, ema, *map(float, numbers))

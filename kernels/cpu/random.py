@@ -131,13 +131,19 @@ def _blocks(first, last, out, words):
                 to[j] = z[j]
 
 
+@jit
+def _part(worker, workers, out, step, stream, first_sample, k0, k1):
+    blocks = out.shape[0] * ((out.shape[1] + BLOCK - 1) // BLOCK)
+    _blocks(blocks * worker // workers, blocks * (worker + 1) // workers, out, (step, stream, first_sample, k0, k1))
+
+
 @loops
-def _shared(blocks, workers, out, words):
+def _shared(workers, out, step, stream, first_sample, k0, k1):
     for worker in prange(workers):
-        _blocks(blocks * worker // workers, blocks * (worker + 1) // workers, out, words)
+        _part(worker, workers, out, step, stream, first_sample, k0, k1)
 
 
-_alone = Entry(_blocks)
+_alone = Entry(_part)
 
 
 def key(seed: int) -> tuple[int, int]:
@@ -147,11 +153,9 @@ def key(seed: int) -> tuple[int, int]:
 
 def normals(out, seed, step=0, stream=SAMPLER, first_sample=0):
     if out.size:
-        rows = out.reshape(out.shape[0], -1)
-        words = int(step), int(stream), int(first_sample), *key(int(seed))
-        blocks = rows.shape[0] * -(-rows.shape[1] // BLOCK)
-        if out.size < ELEMENTS:
-            _alone(0, blocks, rows, words)
+        rows, words = out.reshape(out.shape[0], -1), (int(step), int(stream), int(first_sample), *key(int(seed)))
+        if out.size < ELEMENTS or (workers := threads()) == 1:
+            _alone(0, 1, rows, *words)
         else:
-            _shared(blocks, threads(), rows, words)
+            _shared(workers, rows, *words)
     return out

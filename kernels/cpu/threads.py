@@ -55,6 +55,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import numba  # noqa: E402
 import threadpoolctl  # noqa: E402
+from numba.np.ufunc import parallel  # noqa: E402
 from scipy.linalg import cython_blas  # noqa: E402, F401  Numba loads it at the first call: loaded now, it is limited below
 
 _there = numba.get_num_threads()
@@ -66,7 +67,9 @@ if os.environ.get("ALPHABAR_THREADS", "").strip() and _wanted > min(_there, avai
 numba.set_num_threads(min(_wanted, _there))
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
-threads = numba.get_num_threads  # how many workers the next parallel loop has; read at each call
+numba.get_num_threads()  # starts the pool, so that its own functions are there: they take a fifth of the time of Numba's
+threads: Callable[[], int] = vars(parallel)["_get_num_threads"]  # how many workers the next parallel loop has
+_set_threads: Callable[[int], None] = vars(parallel)["_set_num_threads"]
 
 # Waking the pool costs some 5 microseconds on idle cores and up to 1 ms where another process holds one (a small MLP ran 13 times
 # slower on two workers than on one there), so work of less than about 30 microseconds stays on the calling thread.
@@ -80,14 +83,14 @@ def alone_below(limit: int, work: Callable[..., int]) -> Callable[[Callable[...,
     def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(f)
         def call(*args: Any, **kwargs: Any) -> Any:
-            workers = numba.get_num_threads()
+            workers = threads()
             if workers == 1 or work(*args, **kwargs) >= limit:
                 return f(*args, **kwargs)
-            numba.set_num_threads(1)
+            _set_threads(1)
             try:
                 return f(*args, **kwargs)
             finally:
-                numba.set_num_threads(workers)
+                _set_threads(workers)
 
         return call
 

@@ -192,6 +192,47 @@ _column_tile, _asking_column_tile = _columns_of(False), _columns_of(True)
 
 
 @intrinsic
+def _line_tile(
+    typingctx: Any,
+    left: Any,
+    pace: Any,
+    line: Any,
+    lines: Any,
+    depth: Any,
+    panel: Any,
+    step: Any,
+    first: Any,
+    out: Any,
+    apart: Any,
+) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, pace, line, lines, depth, panel, step, first, out, apart = args
+        e = Emit(builder)
+        ahead = [builder.mul(pace, _I64(m)) for m in range(NARROW)]
+        to = [builder.add(out, builder.mul(apart, _I64(m))) for m in range(NARROW)]
+        for row in to:
+            for at in range(0, 4 * COLS, 64):
+                _ask(builder, e.plus(row, at), True)
+
+        def tap(t: Any, carry: list) -> list:
+            from_line = builder.add(left, builder.mul(t, line))
+
+            def body(k: Any, inner: list) -> list:
+                at = builder.add(from_line, builder.mul(k, _I64(4)))
+                return [builder.add(inner[0], step), *e.products([builder.add(at, a) for a in ahead], inner[0], inner[1:])]
+
+            return e.loop(depth, carry, body)
+
+        sums = e.loop(lines, [panel, *(e.pair(first) * NARROW)], tap)[1:]
+        for m, row in enumerate(to):
+            e.store(sums[2 * m], row)
+            e.store(sums[2 * m + 1], e.plus(row, 4 * LANES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), codegen
+
+
+@intrinsic
 def _turn_tile(typingctx: Any, source: Any, step: Any, panel: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, step, panel = args
@@ -203,6 +244,29 @@ def _turn_tile(typingctx: Any, source: Any, step: Any, panel: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def _turned_sums(typingctx: Any, x: Any, count: Any, rows: Any, step: Any, sums: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, count, rows, step, sums = args
+        e = Emit(builder)
+
+        def body(k: Any, carry: list) -> list:
+            at = builder.mul(k, _I64(4 * LANES))
+            source, factors, made = builder.add(rows, at), builder.add(x, at), list(carry)
+            for v in (0, 1):
+                square = [e.load(builder.add(source, builder.mul(step, _I64(LANES * v + i)))) for i in range(LANES)]
+                for i, column in enumerate(e.turned(square)):
+                    made[v] = e.fma(e.broadcast(e.plus(factors, 4 * i)), column, made[v])
+            return made
+
+        made = e.loop(count, e.pair(sums), body)
+        e.store(made[0], sums)
+        e.store(made[1], e.plus(sums, 4 * LANES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
 
 
 @intrinsic
@@ -275,9 +339,24 @@ def asking_column_tile(rows, offset, depth, panel, sums, step, ahead, pace):
 
 
 @jit
+def line_tile(left, pace, line, lines, depth, panel, step, first, out, apart):
+    """out[m] = first + Σ_t Σ_k left[t][m][k]·panel[t·depth + k] for NARROW rows of COLS sums, ``apart`` bytes from row to row.
+
+    Row m begins m·``pace`` bytes after ``left``, run t of it t·``line`` bytes later; those of ``panel`` lie ``step`` bytes apart.
+    """
+    _line_tile(left, pace, line, lines, depth, panel, step, first, out, apart)
+
+
+@jit
 def turn_tile(source, step, panel):
     """panel[k, j] += source[j][k] for LANES rows of the source, ``step`` bytes apart, and LANES rows of a panel of COLS."""
     _turn_tile(source, step, panel)
+
+
+@jit
+def turned_sums(x, count, rows, step, sums):
+    """sums[m] += Σ_k x[k]·rows[m][k], one k after the other, for COLS rows ``step`` bytes apart and ``count`` runs of LANES k."""
+    _turned_sums(x, count, rows, step, sums)
 
 
 @jit

@@ -13,7 +13,7 @@ from .. import buffers
 from ..reference import conv_padding
 from .jit import jit, loops
 from .threads import threads
-from .tiles import column_tile, row_tile
+from .tiles import SHORT, column_tile, row_tile, short_tile
 from .vector import COLS, LANES, NARROW, ROWS, F, turn
 from .winograd_transforms import (
     FEWER,
@@ -124,37 +124,43 @@ def _convolve(
     doubled,
     size,
     groups,
-    sources,
-    products,
-    tables,
+    room,
     zeros,
-    edges,
     workers,
 ):
-    """``doubled``: x becomes twice as large first (out is), or out is the sum over the doubled places (x is larger)."""
+    """``doubled``: x becomes twice as large first (out is), or out is the sum over the doubled places (x is larger).
+
+    ``groups`` of the columns of one block after the other are tasks; where there is one group, each worker has a range of tiles.
+    """
     batch, height, width, depth = x.shape
     rows_out, cols_out, channels = out.shape[1], out.shape[2], out.shape[3]
     columns = (channels + COLS - 1) // COLS
     each = (columns + groups - 1) // groups
     high, wide = (max(height, rows_out) + TILE - 1) // TILE, (max(width, cols_out) + TILE - 1) // TILE
     tiles = batch * high * wide
-    tasks = (tiles + size - 1) // size * groups
+    tasks, shorts = (tiles + size - 1) // size * groups, (tiles + SHORT - 1) // SHORT
     points, onto = u.shape[0], doubled and rows_out > height
     apart, to_apart = size * depth + _APART, size * each * COLS + _APART
     line, to_line, nothing = 4 * width * depth, 4 * cols_out * channels, zeros.ctypes.data
     for worker in prange(workers):
-        source, made, table, first = sources[worker].ctypes.data, products[worker].ctypes.data, tables[worker], edges[worker]
+        own, table = room[worker], np.empty((2, points, size), np.int64)
+        source, made, first = own.ctypes.data, own[points * apart :].ctypes.data, own[points * (apart + to_apart) :]
         outside = first[channels:].ctypes.data
         for point in range(points):
             for t in range(size):
                 table[0, point, t] = source + 4 * (point * apart + t * depth)
                 table[1, point, t] = made + 4 * (point * to_apart + t * each * COLS)
+        from_tile, to_tile, low, end = 0, tiles, tasks * worker // workers, tasks * (worker + 1) // workers
+        if groups == 1:
+            from_tile = shorts * worker // workers * SHORT
+            to_tile = min(tiles, shorts * (worker + 1) // workers * SHORT)
+            low, end = 0, (to_tile - from_tile + size - 1) // size
         at_block = -1
-        for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
-            block, begin = task // groups, task // groups * size
+        for task in range(low, end):
+            block, begin = task // groups, from_tile + task // groups * size
             from_column = task % groups * each
             to_column = min(columns, from_column + each)
-            count = min(size, tiles - begin)
+            count = min(size, to_tile - begin)
             if block != at_block:
                 at_block = block
                 for t in range(count):
@@ -171,9 +177,15 @@ def _convolve(
             for point in range(points):
                 for column in range(from_column, to_column):
                     panel = u[point, column * depth * COLS :].ctypes.data
-                    for t in range(0, count, ROWS):
+                    t, move = 0, 4 * (column - from_column) * COLS
+                    while t < count:
                         rows, to = table[0, point, t:].ctypes.data, table[1, point, t:].ctypes.data
-                        row_tile(rows, 0, 1, depth, panel, 4 * COLS, nothing, to, 4 * (column - from_column) * COLS)
+                        if count - t > 2 * SHORT:
+                            row_tile(rows, 0, 1, depth, panel, 4 * COLS, nothing, to, move)
+                            t += ROWS
+                        else:
+                            short_tile(rows, 0, 1, depth, panel, 4 * COLS, nothing, to, move)
+                            t += SHORT
             of_image = -1
             begin_channel, end_channel = from_column * COLS, min(channels, to_column * COLS)
             for t in range(count):
@@ -211,19 +223,16 @@ def convolve(x, w, bias, out, upsample=False, backward=False, shift=None, residu
         _factors(w, u, upsample)
     tiles = _tiles(x.shape[0], *map(max, zip(x.shape[1:3], out.shape[1:3], strict=True)))
     size = _BLOCK if tiles > _ALONE else -(-tiles // ROWS) * ROWS
-    groups = max(1, min(columns, -(-_TASKS * workers // -(-tiles // size))))
+    groups = 1 if tiles >= workers * _BLOCK else max(1, min(columns, -(-_TASKS * workers // -(-tiles // size))))
     each = -(-columns // groups)
     groups = -(-columns // each)
-    sources = buffers.empty((workers, points * (size * depth + _APART)), np.float32)
-    products = buffers.empty((workers, points * (size * each * COLS + _APART)), np.float32)
-    tables = buffers.empty((workers, 2, points, size), np.int64)
-    edges = buffers.empty((workers, channels + LANES), np.float32)
+    room = buffers.empty((workers, points * (size * (depth + each * COLS) + 2 * _APART) + channels + LANES), np.float32)
     extra = (
-        *(edges[0] if bias is None else bias, bias is not None),
-        *(edges if shift is None else shift, shift is not None),
+        *(room[0] if bias is None else bias, bias is not None),
+        *(room if shift is None else shift, shift is not None),
         *(out if residual is None else residual, residual is not None),
     )
-    _convolve(x, u, *extra, out, upsample, size, groups, sources, products, tables, ZEROS, edges, workers)
+    _convolve(x, u, *extra, out, upsample, size, groups, room, ZEROS, workers)
     return out
 
 

@@ -9,9 +9,11 @@ from .attend import attention, attention_backward
 from .conv import conv2d, conv2d_backward_input, conv2d_backward_weight, conv_output_size, conv_padding
 from .diffusion import ROW, q_sample, step
 from .discrete import CHUNK, LEAST, SECOND, categorical, categorical_posterior, categorical_q_sample, exp_below_0, uniform
+from .losses import cross_entropy, squared_error
 from .norm import group_norm_silu, group_norm_silu_backward
 from .optim import adamw_ema, sum_squares
 from .random import BLOCK, RUN, cos_sin, minus_2_log, normals, philox, words
+from .rows import softmax, softmax_backward
 from .tokens import add_gated, add_gated_backward, layer_norm, layer_norm_backward, rotary, silu, silu_backward
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "conv_output_size",
     "conv_padding",
     "cos_sin",
+    "cross_entropy",
     "exp_below_0",
     "group_norm_silu",
     "group_norm_silu_backward",
@@ -47,6 +50,9 @@ __all__ = [
     "rotary",
     "silu",
     "silu_backward",
+    "softmax",
+    "softmax_backward",
+    "squared_error",
     "step",
     "sum_squares",
     "uniform",
