@@ -8,7 +8,7 @@ import pytest
 from alphabar.kernels import TABLE, accuracy, gpu
 from alphabar.kernels.compile import FOLDER
 from tests import cusim
-from tests.test_cuda_host import launcher, shifted_launcher
+from tests.cusim.probes import launcher, shifted_launcher
 
 pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
 FAULTS = Path(cusim.__file__).parent / "faults.cu"
@@ -38,6 +38,14 @@ def test_kernel_breaks_no_rule(name: str, order: str) -> None:
         ("step", {"shape": (3, 1024), "noise": "made", "clip": True, "store": True, "history": 3, "guidance": True}),
         ("step", {"shape": (3, 1024), "noise": "given"}),
         ("sum_squares", {"shape": (8192,)}),
+        ("layer_norm", {"shape": (2, 8, 256), "modulated": True}),
+        ("layer_norm_backward", {"shape": (2, 16, 256), "modulated": True}),
+        ("add_gated_backward", {"shape": (2, 16, 256)}),
+        ("squared_error", {"shape": (2, 8192)}),
+        ("cross_entropy", {"shape": (8, 64)}),
+        ("cross_entropy", {"shape": (2, 8192)}),
+        ("softmax", {"shape": (4, 1024)}),
+        ("softmax_backward", {"shape": (4, 256)}),
         ("adamw_ema", {"shape": (8192,)}),
         ("group_norm_silu", {"shape": (1, 16, 16, 32), "groups": 8}),
         ("group_norm_silu", {"shape": (1, 16, 16, 64), "groups": 32}),
@@ -49,9 +57,33 @@ def test_no_byte_of_a_sector_is_wasted(name: str, case: dict) -> None:
     device = cusim.Host("check", traffic=True)
     with gpu.on(device):
         launcher(name, *accuracy.arguments(TABLE[name], case))
-    wide = [row for row in device.traffic if row[2] >= 8 and row[0].startswith("common.cuh")]
-    assert {"load", "store"} & {kind for _, kind, *_ in wide}
-    assert all(share >= 1 for *_, share in wide), wide
+    wide = [row for row in device.traffic if row.memory == "global" and row.bytes >= 8 and row.via]
+    assert {"load", "store"} & {row.kind for row in wide}
+    assert all(row.share >= 1 for row in wide), wide
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("conv2d", {"shape": (1, 8, 8, 16), "kernel": 3, "cout": 64}),
+        ("conv2d_backward_input", {"shape": (1, 8, 8, 16), "kernel": 3, "cout": 64}),
+        ("conv2d_backward_weight", {"shape": (1, 8, 8, 16), "kernel": 3, "cout": 64}),
+        *((n, {"shape": (1, 64, 1, d)}) for n in ("attention", "attention_backward") for d in (32, 64)),
+        ("group_norm_silu", {"shape": (1, 8, 8, 64), "groups": 8}),
+        ("group_norm_silu_backward", {"shape": (1, 8, 8, 64), "groups": 8}),
+        ("layer_norm_backward", {"shape": (1, 8, 64)}),
+        ("softmax", {"shape": (2, 2000)}),
+        ("sum_squares", {"shape": (5000,)}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else " ".join(f"{k}={w}" for k, w in v.items()),
+)
+def test_shared_memory_is_all_but_free_of_bank_conflicts(name: str, case: dict) -> None:
+    device = cusim.Host("check", traffic=True)
+    with gpu.on(device):
+        launcher(name, *accuracy.arguments(TABLE[name], case))
+    rows = [row for row in device.traffic if row.memory == "shared"]
+    assert sum(row.passes for row in rows) < 1.1 * sum(row.phases for row in rows)
+    assert all(row.conflict <= 2 for row in rows), [row for row in rows if row.conflict > 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- the checker
@@ -78,6 +110,7 @@ FAULTY = [
     ("unwritten_shared", 1, 64, lambda: (zeros(64),), 0, r"read of unwritten shared memory, shared s"),
     ("unwritten_dynamic", 1, 32, lambda: (zeros(32),), 128, r"read of unwritten shared memory, dynamic"),
     ("misaligned", 1, 8, lambda: (zeros(40), zeros(40)), 0, r"16-byte access misaligned at faults.cu"),
+    ("beyond_an_array", 1, 32, lambda: (zeros(32), np.int32(5)), 0, r"index 4 lies outside of its array at faults.cu"),
     ("strided", 1, 32, lambda: (zeros(32 * 8), zeros(31), np.int32(32), np.int32(8)), 0, r"out-of-bounds write"),
 ]
 
@@ -106,8 +139,8 @@ def test_atomics_do_not_race() -> None:
 
 def test_wasted_bytes_of_sectors_are_counted() -> None:
     module = cusim.Module(FAULTS, "check")
-    module.launch("strided", (2,), (64,), (zeros(128 * 8), zeros(128), np.int32(128), np.int32(8)))
-    assert {(kind, share) for _, kind, _, share in module.traffic()} == {("load", 0.125), ("store", 1.0)}
+    module.launch("strided", (2,), (64,), (zeros(128 * 8), zeros(128), np.int32(128), np.int32(8)), count=True)
+    assert {(row.kind, row.share) for row in module.traffic()} == {("load", 0.125), ("store", 1.0)}
 
 
 @pytest.mark.parametrize(

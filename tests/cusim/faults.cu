@@ -55,6 +55,12 @@ extern "C" __global__ void strided(const float* x, float* y, int n, int stride) 
   if (i < n) y[i] = x[(long long)i * stride];
 }
 
+extern "C" __global__ void beyond_an_array(float* y, int n) {
+  float v[4] = {};
+  for (int i = 0; i < n; ++i) v[i] += threadIdx.x;
+  y[threadIdx.x] = v[0] + v[3];
+}
+
 extern "C" __global__ void spills(const float* x, float* y, int k) {  // a local array indexed at run time
   float a[96], sum = 0.0f;
   for (int i = 0; i < 96; ++i) a[i] = x[i * 1024 + threadIdx.x];

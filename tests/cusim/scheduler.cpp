@@ -21,10 +21,21 @@ Hooks hooks;
 
 namespace {
 
+std::string error;
+alignas(128) unsigned char dynamic_shared[232448];
+
+}  // namespace
+
+void fail(const std::string& text) {
+  if (error.size() < 2000) error += text + "\n";
+}
+
+namespace {
+
 enum Order { FORWARD, REVERSE, RANDOM };
 
 const size_t STACK = 256 << 10, PAGE = 4096;
-const size_t MOST_SHARED = 232448;  // 227 KiB, what one block of an H100 may have
+const size_t MOST_SHARED = sizeof dynamic_shared;  // 227 KiB, what one block of an H100 may have
 const int MASKS = 8;                // distinct warp masks in use at a time
 
 struct Fiber {
@@ -62,16 +73,12 @@ void* arguments;
 Order order;
 uint64_t random_state = 1;
 bool aborted;
-std::string error;
+int votes, tally;
 
 uint64_t random_word() {  // xorshift64
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
   return random_state ^= random_state << 17;
-}
-
-void fail(const std::string& text) {
-  if (error.size() < 2000) error += text + "\n";
 }
 
 std::string line_of(int site) { return std::to_string(site & 0xffff); }
@@ -132,6 +139,8 @@ void wait_here(Fiber* f) {
 }
 
 void open_barrier() {
+  tally = votes;
+  votes = 0;
   ready.insert(ready.end(), at_barrier.begin(), at_barrier.end());
   at_barrier.clear();
   if (hooks.block_barrier) hooks.block_barrier();
@@ -230,6 +239,8 @@ void prepare_block(uint64_t number, size_t shared_bytes) {
   ready.clear();
   next_ready = 0;
   at_barrier.clear();
+  votes = 0;
+  start_copies(count);
   if (hooks.block) hooks.block((unsigned)number);
 }
 
@@ -273,6 +284,28 @@ void block_barrier(int site) {
   wait_here(current);
 }
 
+int block_vote(int site, int predicate, int kind) {
+  unsigned voters = count - finished;
+  votes += predicate != 0;
+  block_barrier(site);
+  return kind == 0 ? tally : kind == 1 ? tally == (int)voters : tally != 0;
+}
+
+unsigned warp_lanes() {
+  const Warp& warp = warps[runtime.thread->linear / 32];
+  return warp.exist & ~warp.exited;
+}
+
+const unsigned char (*warp_gather(unsigned mask, const void* value, int bytes))[16] { return meet(mask, value, bytes); }
+
+size_t shared_address(const void* p) { return (uintptr_t)p - (uintptr_t)dynamic_shared + (1u << 30); }
+
+unsigned char* from_shared(uint32_t address) { return dynamic_shared + ((int64_t)address - (1 << 30)); }
+
+bool of_runtime(uintptr_t address) {
+  return address - (uintptr_t)&runtime < sizeof runtime || address - (uintptr_t)threads < sizeof threads;
+}
+
 void warp_exchange(unsigned mask, const void* value, int bytes, int source, void* result) {
   const unsigned char(*values)[16] = meet(mask, value, bytes);
   if (source < 0) return;
@@ -314,9 +347,7 @@ int run(Body kernel, void* kernel_arguments, dim3 grid, dim3 block, size_t share
   if (shared_bytes > MOST_SHARED) fail("a block has at most " + std::to_string(MOST_SHARED) + " bytes of shared memory");
   if (!error.empty()) return 1;
 
-  static std::vector<float4> dynamic;
-  dynamic.resize(shared_bytes / sizeof(float4) + 1);
-  runtime.dynamic = (unsigned char*)dynamic.data();
+  runtime.dynamic = dynamic_shared;
   start_order.resize(count);
   warps.resize((count + 31) / 32);
   for (unsigned i = 0; i < count; ++i) threads[i] = {{i % block.x, i / block.x % block.y, i / (block.x * block.y)}, i};
@@ -337,3 +368,11 @@ extern "C" void cusim_order(int order, uint64_t seed) {
   cusim::order = (cusim::Order)order;
   cusim::random_state = seed * 2654435761u + 88172645463325252ull;
 }
+
+// For libraries with mutants in them (mutants.h).
+namespace cusim {
+int mutant;
+unsigned char passed[1 << 14];
+}  // namespace cusim
+extern "C" void cusim_mutant(int number) { cusim::mutant = number; }
+extern "C" unsigned char* cusim_passed() { return cusim::passed; }
