@@ -1,23 +1,35 @@
 """What the compiler makes of each kernel, without a GPU: registers, spills, local memory and the width of memory accesses.
 
 NVRTC compiles every ``kernels/cuda/*.cu`` with the options that CuPy gives it; ``cuobjdump`` and ``nvdisasm`` read the outcome.
-The budgets in ``data/cuda_budgets.json`` are a gate in the tests. ``python tests/cuda_audit.py`` prints the table.
+The budgets in ``data/cuda_budgets.json`` are a gate in the tests. ``python tests/cuda_audit.py`` prints what each kernel takes,
+``--write`` renews the budgets and the table in ``bench/results/cuda_audit.md``.
 """
 
 import argparse
 import ctypes
+import hashlib
+import json
+import os
 import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from alphabar.kernels.compile import FOLDER, source
+
+sys.path += [root] if (root := str(Path(__file__).resolve().parents[1])) not in sys.path else []
+
+from tests import cuda_sass
+from tests.cuda_sass import Instruction, Pass, code, main_pass
+from tests.cusim.building import cache_folder
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")  # those of cupy.cuda.compiler
@@ -38,6 +50,13 @@ class Usage:
     stores: dict[int, int] = field(default_factory=dict)
     instructions: int = 0
     doubles: int = 0
+    work: Pass | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Usage":
+        """What :func:`dataclasses.asdict` and JSON have made of it."""
+        widths = {kind: {int(bits): count for bits, count in values[kind].items()} for kind in ("loads", "stores")}
+        return cls(**values | widths | {"work": values["work"] and Pass(**values["work"])})
 
     @property
     def clean(self) -> bool:
@@ -51,6 +70,7 @@ class Nvrtc:
         library, builtins = (sorted((WHEELS / "lib").glob(f"lib{name}.so.1*")) for name in ("nvrtc", "nvrtc-builtins"))
         if not library or not builtins:
             raise FileNotFoundError(f"no NVRTC under {WHEELS}: pip install nvidia-cuda-nvrtc==13.0.88")
+        self.name = f"{library[0].name} {library[0].stat().st_size}"
         ctypes.CDLL(str(builtins[0]), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library[0]))
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -88,14 +108,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _widths(operations: list[str], prefix: str) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for op in operations:
-        parts = op.split(".")
-        if parts[0] == prefix:
-            bits = next((b for b in (128, 64) if str(b) in parts), 32)
-            counts[bits] = counts.get(bits, 0) + 1
-    return counts
+def _widths(body: list[Instruction], name: str) -> dict[int, int]:
+    return dict(Counter(x.bits for x in body if x.name == name))
 
 
 def read_cubin(cubin: bytes, log: str, architecture: str) -> dict[str, Usage]:
@@ -117,18 +131,31 @@ def read_cubin(cubin: bytes, log: str, architecture: str) -> dict[str, Usage]:
         found[name] = Usage(values["REG"], values["STACK"], shared, spilled[name])
     for name, body in re.findall(r"\.text\.(\S+?):\n(.*?)(?=\n\.text\.|\n//-+ \.|\Z)", assembly, re.S):
         if name in found:
-            operations = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", body)
+            instructions, _ = code(body)
             u = found[name]
-            u.instructions = len(operations)
-            u.local = sum(op.split(".")[0] in ("LDL", "STL") for op in operations)
-            u.doubles = sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for op in operations)
-            u.loads, u.stores = _widths(operations, "LDG"), _widths(operations, "STG")
+            u.instructions = len(instructions)
+            u.local = sum(x.name in ("LDL", "STL") for x in instructions)
+            u.doubles = sum(x.name in ("DADD", "DMUL", "DFMA", "DSETP") for x in instructions)
+            u.loads, u.stores = _widths(instructions, "LDG"), _widths(instructions, "STG")
+            u.work = main_pass(body)
     return found
 
 
 def audit(path: Path, architecture: str, compiler: Nvrtc) -> dict[str, Usage]:
-    """Compile a kernel file and read what came out."""
-    return read_cubin(*compiler.compile(source(path), path.name, architecture), architecture)
+    """Compile a kernel file and read what came out; kept under the hash of all that it follows from."""
+    text = source(path)
+    readers = "".join(Path(f).read_text() for f in (__file__, cuda_sass.__file__))
+    parts = (text, path.name, architecture, compiler.name, readers)
+    kept = (
+        cache_folder() / f"audit-{path.stem}-{architecture}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.json"
+    )
+    if kept.exists():
+        return {name: Usage.of(values) for name, values in json.loads(kept.read_text()).items()}
+    found = read_cubin(*compiler.compile(text, path.name, architecture), architecture)
+    with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as draft:
+        json.dump({name: asdict(usage) for name, usage in found.items()}, draft)
+    os.replace(draft.name, kept)
+    return found
 
 
 def audit_all(paths: Iterable[Path], architectures: Iterable[str], compiler: Nvrtc) -> dict[tuple[str, str], Usage]:
@@ -143,10 +170,16 @@ def main() -> int:
     """Print the table of every kernel and architecture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="architectures to compile for (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help="renew the budgets and the table, from all files")
     parser.add_argument("files", nargs="*", type=Path, default=sorted(FOLDER.glob("*.cu")), help="kernel files (default: all)")
     given = parser.parse_args()
     try:
         compiler = Nvrtc()
+        if given.write:
+            from tests import cuda_table
+
+            cuda_table.write(audit_all(sorted(FOLDER.glob("*.cu")), ARCHITECTURES, compiler))
+            return 0
         print(f"{'kernel':28} {'arch':7} registers shared spilled local  loads 128/64/32  stores 128/64/32  instructions  double")
         for (name, architecture), u in sorted(audit_all(given.files, given.arch, compiler).items()):
             loads, stores = ("/".join(str(d.get(b, 0)) for b in (128, 64, 32)) for d in (u.loads, u.stores))
