@@ -302,25 +302,33 @@ def test_samples_may_end_with_a_run(size: int, host: cusim.Host) -> None:
 
 def test_states_among_many_tell_the_weights_apart(host: cusim.Host) -> None:
     """A thousand thresholds to a draw: a weight that is off by 1e-5 of itself moves some of the states."""
-    logits = np.zeros((1, 1500, 1000), np.float32)
-    logits[..., 500:] = -np.linspace(0.25, 6.0, 1500, dtype=np.float32)[:, None]
+    logits = np.zeros((1, 4000, 1000), np.float32)
+    logits[..., 500:] = np.r_[-np.linspace(0.25, 6.0, 1000), np.full(3000, -0.3465)].astype(np.float32)[:, None]
     assert np.array_equal(gpu.categorical(logits, 5), reference.categorical(logits, 5))
 
 
 def test_a_warp_may_draw_several_elements(host: cusim.Host) -> None:
     """As it does where there are more elements than warps are wanted."""
-    with mock.patch.object(discrete, "ENOUGH_WARPS", 4):
+    with mock.patch.object(discrete, "ENOUGH_WARPS", 4), mock.patch.object(discrete, "blocks", lambda _: (1,)):
         for name in ("categorical", "categorical_posterior"):
             for case in TABLE[name].tests:
                 for error in accuracy.errors(TABLE[name], case, launcher):
                     assert error.within, (name, case, error)
 
 
+def test_the_last_warp_may_draw_fewer_elements(host: cusim.Host) -> None:
+    for device in (host, cusim.Host("check")):
+        with mock.patch.object(discrete, "ENOUGH_WARPS", 1), gpu.on(device):
+            for name in ("categorical", "categorical_posterior"):
+                assert all(e.within for e in accuracy.errors(TABLE[name], {"shape": (1, 5, 3)}, launcher))
+
+
 @pytest.mark.parametrize("columns", [5, 70])
 def test_a_mask_among_the_columns_is_never_drawn(columns: int, host: cusim.Host) -> None:
     rng = np.random.default_rng(columns)
     logits = rng.standard_normal((2, 300, columns)).astype(np.float32)
-    logits[..., 1] += 5  # the likeliest, were it not the mask
+    logits[..., 1] += 100  # the only one, were it not the mask
+    logits[..., 32:] -= 100
     x_t = np.full((2, 300), 1, np.int32)
     rows = np.array([(0, 0, 0, 0), (0, 0, 0.8, 0.1)])
     drawn = gpu.categorical_posterior(logits, x_t, rows, 1, mask=1, seed=7)

@@ -74,8 +74,8 @@ def _mutate(project: Project, given: argparse.Namespace) -> int:
     start = time.perf_counter()
     run = mutation.Run(project, given.files, print)
     chosen = mutation.sample(run.mutants, given.sample) if given.sample else run.mutants
-    verdicts = mutation.judge(run, chosen, given.fresh, given.seconds, given.workers)
     reasons = mutation.explained(given.explained)
+    verdicts = mutation.judge(run, chosen, given.fresh, given.seconds, given.workers, reasons)
     text = mutation.table(verdicts, reasons)
     print(text)
     left = mutation.survivors(verdicts, reasons)

@@ -17,7 +17,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -307,11 +307,17 @@ def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
 
 
 def judge(
-    run: Run, mutants: list[Mutant] | None = None, fresh: bool = False, seconds: float = float("inf"), workers: int = 2
+    run: Run,
+    mutants: list[Mutant] | None = None,
+    fresh: bool = False,
+    seconds: float = float("inf"),
+    workers: int = 2,
+    settled: Container[Key] = (),
 ) -> dict[Mutant, Verdict]:
     """The verdict of each mutant, as far as the time goes.
 
-    What is known of an unchanged text is not run again, but for survivors of other probes; ``fresh`` runs everything.
+    What is known of an unchanged text is not run again, but for survivors of other probes and those that are not ``settled``;
+    ``fresh`` runs everything.
     """
     names = {p.name for p in run.project.probes}
     known = _Known(cache_folder() / "verdicts.json")
@@ -322,7 +328,7 @@ def judge(
         old = Verdict(**known.all[keys[m]]) if keys[m] in known.all and not fresh else None
         lasts = old and (old.by in ("invalid", "crash", "time") or old.probe in names)
         if old and not old.killed:
-            lasts = old.by == "invalid" or old.tried == _names(run.reached(m))
+            lasts = old.by == "invalid" or (m.key in settled and old.tried == _names(run.reached(m)))
         if old and lasts:
             verdicts[m] = old
         else:
