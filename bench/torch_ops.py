@@ -526,6 +526,12 @@ def sum_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64).square().reshape(1)
 
 
+def _clipped(grad: Tensor, norm_sq: Tensor | None, max_norm: float) -> Tensor:
+    if norm_sq is None or not math.isfinite(max_norm):
+        return grad
+    return grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
+
+
 def adamw_ema(
     param: Tensor,
     grad: Tensor,
@@ -543,8 +549,7 @@ def adamw_ema(
     max_norm: float = math.inf,
 ) -> None:
     """PyTorch's fused AdamW, clipping and running average, in place."""
-    if norm_sq is not None and math.isfinite(max_norm):
-        grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
+    grad = _clipped(grad, norm_sq, max_norm)
     count = [torch.tensor(float(step), device=param.device)]
     rates: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
     torch._fused_adamw_([param], [grad], [m], [v], [], count, **rates, amsgrad=False, maximize=False)
@@ -571,8 +576,7 @@ def _adamw_written_out(
     norm_sq: Tensor | None = None,
     max_norm: float = math.inf,
 ) -> None:
-    if norm_sq is not None and math.isfinite(max_norm):
-        grad = grad * (max_norm / (norm_sq.sqrt() + 1e-6)).clamp(max=1).to(grad.dtype)
+    grad = _clipped(grad, norm_sq, max_norm)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (v / (1 - beta2**step)).sqrt() + eps

@@ -1,7 +1,7 @@
 """Closed-form data whose exact predictions are known at every noise level: the oracles of the sampler tests."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from alphabar.core import schedules
+from alphabar.kernels import gpu
 from alphabar.tools import trainer
+from tests import cusim
+from tests.cusim.probes import unwritten_is_nan
 
 Levels = Callable[[Any], tuple[Any, Any]]
 
@@ -244,3 +247,16 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             return run()
 
     return call
+
+
+@pytest.fixture
+def host() -> Iterator[cusim.Host]:
+    """A GPU's launch code runs on the host inside."""
+    with gpu.on(cusim.Host()) as device:
+        yield device
+
+
+@pytest.fixture
+def nothing_is_left_unwritten() -> Iterator[None]:
+    with unwritten_is_nan():
+        yield

@@ -1,7 +1,6 @@
 """Attention on CUDA, run on the host: heads of every size, accesses without waste, plans that fit."""
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,14 +10,11 @@ from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import attend
 from tests import cusim
 
-pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
+    pytest.mark.usefixtures("nothing_is_left_unwritten"),
+]
 SHAPES = [(2, 16, 8, 8), (1, 65, 3, 16), (3, 33, 2, 32), (1, 130, 1, 64), (1, 70, 1, 128), (9, 64, 16, 8)]
-
-
-@pytest.fixture
-def host() -> Iterator[cusim.Host]:
-    with gpu.on(cusim.Host()) as device:
-        yield device
 
 
 def within(shape: tuple[int, ...], seed: int = 0, **case: float) -> None:

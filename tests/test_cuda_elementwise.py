@@ -16,9 +16,12 @@ from alphabar.kernels.gpu import elementwise, launch
 from alphabar.kernels.reference.random import cos_sin, minus_2_log
 from tests import cuda_audit, cusim, fake_cupy
 from tests.cuda_cases import CASES, aligned, normal
-from tests.cusim.probes import shifted, unwritten, unwritten_is_nan
+from tests.cusim.probes import shifted, unwritten
 
-pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
+    pytest.mark.usefixtures("nothing_is_left_unwritten"),
+]
 FILES = [FOLDER / f"{name}.cu" for name in ("elementwise", "optim", "random", "forward", "step", "conv")]
 
 
@@ -26,18 +29,6 @@ FILES = [FOLDER / f"{name}.cu" for name in ("elementwise", "optim", "random", "f
 def built() -> None:
     cusim.prepare(FILES)
     cusim.prepare(FILES[:2], ("check",))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_unwritten() -> Iterator[None]:
-    with unwritten_is_nan():
-        yield
-
-
-@pytest.fixture
-def host() -> Iterator[cusim.Host]:
-    with gpu.on(cusim.Host()) as device:
-        yield device
 
 
 @pytest.mark.parametrize("order", cusim.ORDERS)

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,27 +17,18 @@ from alphabar.kernels.reference.discrete import uniform
 from alphabar.kernels.reference.random import words
 from alphabar.kernels.streams import SAMPLER
 from tests import cuda_cases, cusim
-from tests.cusim.probes import launcher, shifted, shifted_launcher, unwritten_is_nan
+from tests.cusim.probes import launcher, shifted, shifted_launcher
 
-pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
+    pytest.mark.usefixtures("nothing_is_left_unwritten"),
+]
 FILES = sorted(FOLDER.glob("*.cu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     cusim.prepare(FILES)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_unwritten() -> Iterator[None]:
-    with unwritten_is_nan():
-        yield
-
-
-@pytest.fixture
-def host() -> Iterator[cusim.Host]:
-    with gpu.on(cusim.Host()) as device:
-        yield device
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -1,6 +1,5 @@
 """Group normalisation on CUDA, run on the host: slabs that a block keeps and slabs in parts, two arrays behind one another."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,20 +9,11 @@ from alphabar.kernels import gpu, reference
 from alphabar.kernels.gpu import norm
 from tests import cusim
 
-pytestmark = pytest.mark.skipif(not cusim.available(), reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
+    pytest.mark.usefixtures("nothing_is_left_unwritten"),
+]
 KEPT = {"norm_forward_wide", "norm_backward_wide", "norm_sum"}
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that no thread writes must show."""
-    monkeypatch.setattr(norm, "empty", lambda shape, dtype, xp: np.full(shape, np.nan, dtype))
-
-
-@pytest.fixture
-def host() -> Iterator[cusim.Host]:
-    with gpu.on(cusim.Host()) as device:
-        yield device
 
 
 def problem(shape: tuple[int, ...], groups: int, modulated: bool = True, seed: int = 0) -> dict[str, Any]:
