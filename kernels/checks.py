@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import array_module, extremes, is_native
+from .arrays import array_module, extremes, is_cupy, is_native
+from .bf16 import BF16
 from .precisions import check as check_precision
 from .reference import ROW, conv_output_size
 
 Array = Any
 
 
-def _array(name: str, a: Any, ndim: int | None = None, float_: bool = True) -> None:
+def _array(name: str, a: Any, ndim: int | None = None, float_: bool = True, low: bool = False) -> None:
+    """``low``: the bits of bfloat16 will do, of an array on a GPU."""
     if not is_native(a):
         raise TypeError(f"{name} must be an array, not {type(a).__name__}")
-    if float_ and a.dtype.kind != "f":
-        raise TypeError(f"{name} must be of a float dtype, not {a.dtype}")
+    if float_ and a.dtype.kind != "f" and not (low and a.dtype == BF16 and is_cupy(a)):
+        hint = ": the bits of bfloat16 are computed with on a GPU alone" if low and a.dtype == BF16 else ""
+        raise TypeError(f"{name} must be of a float dtype, not {a.dtype}{hint}")
     if ndim is not None and a.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, not shape {a.shape}")
 
@@ -29,13 +32,36 @@ def _same(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...] | None 
     want = b.shape if shape is None else shape
     if type(a) is np.ndarray and a.dtype is b.dtype and a.shape == want and a.dtype.kind == "f" and type(b) is np.ndarray:
         return
-    _array(name, a)
+    _array(name, a, low=b.dtype == BF16)
     if a.shape != want:
         raise ValueError(f"{name} has shape {a.shape}, want {want} to go with {like}")
     if array_module(a) is not array_module(b):
         raise TypeError(f"{name} and {like} are arrays of different libraries")
     if a.dtype != b.dtype:
-        raise TypeError(f"{name} is {a.dtype}, {like} is {b.dtype}: the dtypes must be equal")
+        raise TypeError(f"{name} is {_said(a)}, {like} is {_said(b)}: the dtypes must be equal")
+
+
+def _said(a: Array) -> str:
+    return "bfloat16" if a.dtype == BF16 else str(a.dtype)
+
+
+def _beside(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...]) -> None:
+    """As :func:`_same` for what is float32 beside bfloat16: statistics, biases, gradients of weights."""
+    if type(b) is np.ndarray or b.dtype != BF16:
+        _same(name, a, like, b, shape)
+        return
+    _array(name, a)
+    if a.shape != shape:
+        raise ValueError(f"{name} has shape {a.shape}, want {shape} to go with {like}")
+    if array_module(a) is not array_module(b):
+        raise TypeError(f"{name} and {like} are arrays of different libraries")
+    if a.dtype != np.float32:
+        raise TypeError(f"{name} is {a.dtype}, {like} is bfloat16: beside that {name} must be float32")
+
+
+def _perhaps(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...]) -> None:
+    if a is not None:
+        _beside(name, a, like, b, shape)
 
 
 def _optional(name: str, a: Any, like: str, b: Array, shape: tuple[int, ...] | None = None) -> None:
@@ -195,12 +221,12 @@ def step(
 
 def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: Any, tail: Any) -> tuple[int, ...]:
     """The shape of the result."""
-    _array("x", x)
+    _array("x", x, low=True)
     if x.ndim < 3:
         raise ValueError(f"x must be (B, ..., C) with at least 3 dimensions, not shape {x.shape}")
     channels, of = x.shape[-1], "x"
     if tail is not None:
-        _array("tail", tail, x.ndim)
+        _array("tail", tail, x.ndim, low=True)
         _same("tail", tail, "x", x, (*x.shape[:-1], tail.shape[-1]))
         if not (channels and tail.shape[-1]):
             raise ValueError(f"x and tail must each have channels, not {channels} and {tail.shape[-1]}")
@@ -208,12 +234,12 @@ def _norm(x: Array, gamma: Array, beta: Array, groups: int, scale: Any, shift: A
     _integer("groups", groups, 1, channels + 1)
     if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of {of}, not {groups}")
-    _same("gamma", gamma, "x", x, (channels,))
-    _same("beta", beta, "x", x, (channels,))
+    _beside("gamma", gamma, "x", x, (channels,))
+    _beside("beta", beta, "x", x, (channels,))
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together or not at all")
-    _optional("scale", scale, "x", x, (x.shape[0], channels))
-    _optional("shift", shift, "x", x, (x.shape[0], channels))
+    _perhaps("scale", scale, "x", x, (x.shape[0], channels))
+    _perhaps("shift", shift, "x", x, (x.shape[0], channels))
     return (*x.shape[:-1], channels)
 
 
@@ -246,8 +272,8 @@ def group_norm_silu_backward(
         raise ValueError("tail and tail_out come together or not at all")
     _optional("tail_out", tail_out, "tail", tail)
     _same("dy", dy, "x", x, shape)
-    _same("mean", mean, "x", x, (x.shape[0], groups))
-    _same("rstd", rstd, "x", x, (x.shape[0], groups))
+    _beside("mean", mean, "x", x, (x.shape[0], groups))
+    _beside("rstd", rstd, "x", x, (x.shape[0], groups))
     _optional("out", out, "x", x)
 
 
@@ -283,22 +309,26 @@ def conv2d(
     precision: Any,
 ) -> None:
     check_precision(precision)
-    _array("x", x, 4)
-    _array("w", w, 4)
+    _array("x", x, 4, low=True)
+    _array("w", w, 4, low=True)
     _same("w", w, "x", x, (w.shape[0], w.shape[0], x.shape[3], w.shape[3]))
     rows, cols = _conv(x.shape, w.shape[0], stride, upsample, pad)
-    _optional("bias", bias, "w", w, (w.shape[3],))
-    _optional("shift", shift, "x", x, (x.shape[0], w.shape[3]))
-    for name, a in (("residual", residual), ("out", out)):
-        _optional(name, a, "x", x, (x.shape[0], rows, cols, w.shape[3]))
+    _perhaps("bias", bias, "w", w, (w.shape[3],))
+    _perhaps("shift", shift, "x", x, (x.shape[0], w.shape[3]))
+    shape = x.shape[0], rows, cols, w.shape[3]
+    _optional("residual", residual, "x", x, shape)
+    if is_native(out) and out.dtype == np.float32:  # of bfloat16 too
+        _beside("out", out, "x", x, shape)
+    else:
+        _optional("out", out, "x", x, shape)
 
 
 def conv2d_backward_input(
     dy: Array, w: Array, input_shape: tuple[int, ...], stride: int, upsample: bool, pad: Any, out: Any, precision: Any
 ) -> None:
     check_precision(precision)
-    _array("dy", dy, 4)
-    _array("w", w, 4)
+    _array("dy", dy, 4, low=True)
+    _array("w", w, 4, low=True)
     if not isinstance(input_shape, tuple) or len(input_shape) != 4 or input_shape[3] != w.shape[2]:
         raise ValueError(f"input_shape must be (B, H, W, {w.shape[2]}), not {input_shape}")
     _same("w", w, "dy", dy, (w.shape[0], w.shape[0], w.shape[2], dy.shape[3]))
@@ -311,15 +341,15 @@ def conv2d_backward_weight(
     x: Array, dy: Array, kernel: int, stride: int, upsample: bool, pad: Any, out: Any, precision: Any
 ) -> None:
     check_precision(precision)
-    _array("x", x, 4)
-    _array("dy", dy, 4)
+    _array("x", x, 4, low=True)
+    _array("dy", dy, 4, low=True)
     rows, cols = _conv(x.shape, kernel, stride, upsample, pad)
     _same("dy", dy, "x", x, (x.shape[0], rows, cols, dy.shape[3]))
-    _optional("out", out, "x", x, (kernel, kernel, x.shape[3], dy.shape[3]))
+    _perhaps("out", out, "x", x, (kernel, kernel, x.shape[3], dy.shape[3]))
 
 
 def attention(q: Array, k: Array, v: Array, scale: Any, out: Any) -> None:
-    _array("q", q, 4)
+    _array("q", q, 4, low=True)
     if 0 in q.shape[1:]:
         raise ValueError(f"q must be (B, T, heads, d) with T, heads and d at least 1, not shape {q.shape}")
     _same("k", k, "q", q)
@@ -331,7 +361,7 @@ def attention_backward(do: Array, q: Array, k: Array, v: Array, o: Array, lse: A
     attention(q, k, v, scale, None)
     _same("o", o, "q", q)
     _same("do", do, "q", q)
-    _same("lse", lse, "q", q, (q.shape[0], q.shape[2], q.shape[1]))
+    _beside("lse", lse, "q", q, (q.shape[0], q.shape[2], q.shape[1]))
 
 
 def categorical(log_weights: Array, seed: int, step: int, stream: int, first_sample: int, out: Any) -> None:

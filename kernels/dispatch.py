@@ -16,6 +16,7 @@ import numpy as np
 
 from . import checks, precisions, reference
 from .arrays import is_cupy, is_foreign, is_native, native, restore
+from .bf16 import BF16
 from .recording import refuse
 from .registry import TABLE
 
@@ -48,6 +49,10 @@ _TABLES = {
     "categorical_posterior": frozenset(("rows",)),
     "categorical_q_sample": frozenset(("keep",)),
 }
+_BF16 = (  # which the GPU's kernels compute in bfloat16 too, of contiguous arrays
+    *("conv2d", "conv2d_backward_input", "conv2d_backward_weight", "attention", "attention_backward"),
+    *("group_norm_silu", "group_norm_silu_backward"),
+)
 _DIRECTLY = {"step": "step_directly"}  # functions of the CPU that look first whether they can take a call as it is
 _DTYPES = {name: frozenset(map(np.dtype, k.dtypes)) for name, k in TABLE.items()}
 _SCALARS = frozenset((int, float, bool, type(None)))
@@ -125,6 +130,13 @@ def _as_they_are(given: Iterable[tuple[str, Any]], tables: Collection[str], dtyp
     return True
 
 
+def _refuse_bf16(name: str, given: dict[str, Any]) -> None:
+    """TypeError where a definition, which computes with numbers, would be given the bits of bfloat16."""
+    for k, v in given.items():
+        if is_native(v) and v.dtype == BF16:
+            raise TypeError(f"{name} by its definition takes no bfloat16 ({k}): only a GPU's kernel does, of contiguous arrays")
+
+
 def kernel(name: str) -> Callable[..., Any]:
     """The public function of a kernel: checks the arguments, exchanges foreign arrays, runs the chosen backend."""
     definition = getattr(reference, name)
@@ -135,7 +147,7 @@ def kernel(name: str) -> Callable[..., Any]:
     names = tuple(defaults)
     written, tables, dtypes = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset()), _DTYPES[name]
     sequences = tuple(k for k in _SEQUENCES if k in defaults)
-    directly = _DIRECTLY.get(name)
+    directly, takes_bf16 = _DIRECTLY.get(name), name in _BF16
     forms: dict[tuple, tuple[str, ...]] = {}  # of calls whose arguments have fitted the signature: their names in order
 
     @functools.wraps(definition)
@@ -167,6 +179,8 @@ def kernel(name: str) -> Callable[..., Any]:
                 raise ValueError(f"{k} must be writable, not read-only")
         backend = backend_for(name, given)
         if backend == "reference":
+            if takes_bf16:
+                _refuse_bf16(name, given)
             refuse("a kernel's definition")
             result = definition(**given)
         else:

@@ -1,6 +1,7 @@
 """Sums and copies between the kernels, for arrays of any library: in float32 compiled for NumPy, kernels for CuPy; else its own.
 
 Unlike the kernels these check nothing: networks call them with arrays that fit. ``empty`` results come from the active pool.
+On a GPU arrays may be bfloat16 (:mod:`.bf16`) where that is said; sums of them are made in float32 and rounded once.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import numpy as np
 
 from . import buffers, dispatch, recording
 from .arrays import array_module, is_cupy
+from .bf16 import BF16, pack, unpack
 
 Array = Any
 FEW = 1 << 14  # elements
@@ -28,15 +30,21 @@ def _launchers() -> ModuleType:
     return importlib.import_module(".gpu.elementwise", __package__)
 
 
-def _on_gpu(*arrays: Array) -> bool:
-    """Whether the GPU's kernels take these arrays."""
+def _on_gpu(*arrays: Array, bf16: bool = False) -> bool:
+    """Whether the GPU's kernels take these arrays, all float32 or, if there are such kernels, all ``bf16``.
+
+    Raises TypeError for bits of bfloat16 that they do not take: a library would compute with the bits as if with integers.
+    """
     for a in arrays:
-        if type(a) is np.ndarray or not is_cupy(a) or a.dtype != np.float32 or not a.flags.c_contiguous:
+        if type(a) is np.ndarray or not is_cupy(a):
             return False
-    if dispatch.chosen() != "auto":
-        return False
-    recording.refuse("arrays on a GPU")
-    return True
+    dtype = BF16 if any(a.dtype == BF16 for a in arrays) else np.float32
+    taken = dispatch.chosen() == "auto" and all(a.dtype == dtype and a.flags.c_contiguous for a in arrays)
+    if dtype == BF16 and not (taken and bf16):
+        raise TypeError("bfloat16 is for some of a GPU's own kernels, where all arrays are contiguous and bfloat16")
+    if taken:
+        recording.refuse("arrays on a GPU")
+    return taken
 
 
 def _fast(*arrays: Array) -> bool:
@@ -57,10 +65,10 @@ def _gains(*arrays: Array) -> bool:
 
 
 def fill(a: Array, value: float) -> None:
-    """Set all elements to ``value``."""
+    """Set all elements to ``value``. Also bfloat16."""
     if _gains(a):
         _compiled().fill(a, value)
-    elif _on_gpu(a):
+    elif _on_gpu(a, bf16=True):
         _launchers().fill(a, value)
     else:
         a.fill(value)
@@ -74,16 +82,38 @@ def zeros(shape: tuple[int, ...], dtype: Any, xp: Any = np) -> Array:
 
 
 def add(a: Array, b: Array, out: Array = None) -> Array:
-    """a + b of one shape; ``out`` may be either."""
+    """a + b of one shape; ``out`` may be either. Also bfloat16."""
     xp = array_module(a)
     if out is None:
         out = buffers.empty(a.shape, a.dtype, xp)
     if _gains(a, b, out):
         _compiled().add(a, b, out)
         return out
-    if _on_gpu(a, b, out):
+    if _on_gpu(a, b, out, bf16=True):
         return _launchers().add(a, b, out)
     return xp.add(a, b, out=out)
+
+
+def weighted_sum(a: float, x: Array, b: float, y: Array, out: Array = None) -> Array:
+    """a x + b y of arrays of one shape, both products rounded before they are added; ``out`` may be either."""
+    a, b = float(a), float(b)
+    if not _on_gpu(x, y, *(() if out is None else (out,))):
+        recording.refuse("a weighted sum")
+        return buffers.into(out, a * x + b * y)
+    return _launchers().weighted_sum(a, x, b, y, buffers.empty(x.shape, x.dtype, array_module(x)) if out is None else out)
+
+
+def cast(x: Array, dtype: Any, out: Array = None) -> Array:
+    """x, float32 or bfloat16, as the other of these (``BF16``), rounded to nearest even; x itself where it is that already."""
+    if x.dtype == dtype:
+        return x if out is None else buffers.into(out, x)
+    if {x.dtype, np.dtype(dtype)} != {BF16, np.dtype(np.float32)}:
+        raise TypeError(f"a cast is from float32 to bfloat16 (the bits, {BF16}) or back, not from {x.dtype} to {np.dtype(dtype)}")
+    if is_cupy(x) and x.flags.c_contiguous and dispatch.chosen() == "auto":
+        recording.refuse("arrays on a GPU")
+        return _launchers().cast(x, buffers.empty(x.shape, dtype, array_module(x)) if out is None else out)
+    recording.refuse("a change of dtype")
+    return buffers.into(out, pack(x) if dtype == BF16 else unpack(x))
 
 
 def add_columns(x: Array, at: int, out: Array) -> None:
@@ -98,8 +128,8 @@ def add_columns(x: Array, at: int, out: Array) -> None:
 
 
 def concat(a: Array, b: Array) -> Array:
-    """[a, b] along the last axis."""
-    if _on_gpu(a, b):
+    """[a, b] along the last axis. Also bfloat16."""
+    if _on_gpu(a, b, bf16=True):
         return _launchers().concat(a, b)
     n, m = a.shape[-1], b.shape[-1]
     y = buffers.empty((*a.shape[:-1], n + m), a.dtype, array_module(a))
@@ -114,8 +144,8 @@ def concat(a: Array, b: Array) -> Array:
 
 
 def channels(x: Array, at: int, count: int) -> Array:
-    """A copy of x[..., at..at+count]."""
-    if _on_gpu(x):
+    """A copy of x[..., at..at+count]. Also bfloat16."""
+    if _on_gpu(x, bf16=True):
         return _launchers().channels(x, at, count)
     y = buffers.empty((*x.shape[:-1], count), x.dtype, array_module(x))
     if _gains(x, y):
@@ -140,8 +170,8 @@ def add_channels(x: Array, emb: Array, at: int, out: Array = None) -> Array:
 
 
 def sum_places(x: Array) -> Array:
-    """Σ over all axes but the first and the last."""
-    if _on_gpu(x):
+    """Σ over all axes but the first and the last; float32 of bfloat16."""
+    if _on_gpu(x, bf16=True):
         return _launchers().sum_places(x)
     flat = x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
     if not _fast(x):
@@ -191,14 +221,17 @@ def time_features(t: Array, origin: float, omega: np.ndarray, cos_first: bool) -
 
 
 def upsample(x: Array) -> Array:
-    """Nearest-neighbour doubling of (B, H, W, C) to (B, 2H, 2W, C), where no convolution follows that could read it doubled."""
-    if _on_gpu(x):
+    """Nearest-neighbour doubling of (B, H, W, C) to (B, 2H, 2W, C), where no convolution follows that could read it doubled.
+
+    Also bfloat16.
+    """
+    if _on_gpu(x, bf16=True):
         return _launchers().upsample(x)
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def upsample_backward(dy: Array) -> Array:
-    """The transpose of :func:`upsample`: Σ over 2 × 2 places of (B, 2H, 2W, C)."""
-    if _on_gpu(dy):
+    """The transpose of :func:`upsample`: Σ over 2 × 2 places of (B, 2H, 2W, C). Also bfloat16."""
+    if _on_gpu(dy, bf16=True):
         return _launchers().upsample_backward(dy)
     return (dy[:, ::2, ::2] + dy[:, ::2, 1::2]) + (dy[:, 1::2, ::2] + dy[:, 1::2, 1::2])

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from alphabar.kernels import reference
-from alphabar.kernels.gpu import elementwise, optim
+from alphabar.kernels import bf16, reference
+from alphabar.kernels.gpu import elementwise, optim, stepping, transpose
+from alphabar.kernels.reference import stepping as definitions
+from tests import (
+    cuda_attention_cases,
+    cuda_bf16_cases,
+    cuda_conv_mma_cases,
+    cuda_conv_mma_weight_cases,
+    cuda_norm_affine_cases,
+    cuda_sampling_cases,
+)
 
 Place = Callable[[np.ndarray], np.ndarray]
 Case = Callable[[Place], None]
@@ -111,17 +120,19 @@ def steps_of_the_optimiser(size: int, place: Place) -> None:
     ours, theirs = ([place(np.abs(normal(i, size))) for i in range(5)] for _ in range(2))
     table = np.stack([optim.adamw_row(*r) for r in rates])
     made, skipped = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    low = place(np.zeros(size, bf16.BF16))
     for k in (0, 1, None, 2, 2):  # None: the gradient is not finite; behind the table its last row goes on
         gradient = place(normal(20 + (k or 0), size))
         ours[1], theirs[1] = gradient, gradient
         norm_sq = reference.sum_squares(gradient) if k is not None else np.array([np.inf])
-        optim.adamw_ema_by_table(*ours, table, made, 0.9, 0.99, 1e-8, norm_sq, 0.5)
+        optim.adamw_ema_by_table(*ours, table, made, 0.9, 0.99, 1e-8, norm_sq, 0.5, low if k != 0 else None)
         optim.count(made, skipped, norm_sq)
         if k is not None:
             lr, beta1, beta2, decay, step, ema = rates[k]
             optim.adamw_ema(*theirs, lr, beta1, beta2, 1e-8, decay, step, ema, norm_sq, 0.5)
         for a, b in zip(ours, theirs, strict=True):
             assert np.array_equal(a, b)
+        assert np.array_equal(low, bf16.pack(ours[0]) if k != 0 else np.zeros(size, bf16.BF16))
     assert (made, skipped) == (4, 1)
     optim.count(made)
     assert made == 5
@@ -130,6 +141,51 @@ def steps_of_the_optimiser(size: int, place: Place) -> None:
 def sums_of_squares(size: int, place: Place) -> None:
     x = place(normal(10, size))
     np.testing.assert_allclose(optim.sum_squares(x), [np.square(x, dtype=np.float64).sum()], rtol=1e-14)
+
+
+def levels_and_examples(shape: tuple[int, ...], place: Place) -> None:
+    """Bits of the definition, at the first step of a training and at a late one, for seeds of one word and of two."""
+    rng = np.random.default_rng(11)
+    rows, images = place(normal(12, 1001, 6)), rng.integers(0, 256, shape, np.uint8)
+    for seed, step in ((0, 0), (2**40 + 3, 2**31 - 1)):
+        made: list[list[np.ndarray]] = []
+        for of in (stepping, definitions):
+            t, levels = np.full(shape[0], np.nan), place(np.full((6, shape[0]), np.nan, np.float32))
+            x, target = (place(np.full(shape, np.nan, np.float32)) for _ in range(2))
+            at = np.array([step], np.int32)
+            of.draw_levels(rows, at, seed, t, levels)
+            of.example(images, levels, at, seed, x, target)
+            made.append([t, levels, x, target])
+        assert all(np.array_equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def verdicts(batch: int, place: Place) -> None:
+    """A step that counts is in the tally; none is that is not finite, nor any after it until that was read."""
+    values, made = place(np.abs(normal(13, batch))), np.zeros(2, np.int32)
+    tally, mean = np.zeros(4), values.mean(dtype=np.float64)
+    bad = values.copy()
+    bad[-1] = np.inf
+    for value, square, want in ((values, 4.0, 1), (values, 9.0, 2), (bad, 1.0, 2), (values, 1.0, 2)):
+        norm_sq = np.array([square])
+        stepping.verdict(place(value), norm_sq, made[1:], tally)
+        stepping.count(made[:1], made[1:], norm_sq)
+        assert made[0] == want == tally[1]
+        assert norm_sq[0] == square if made[1] == 0 else np.isnan(norm_sq[0])
+        np.testing.assert_allclose(tally, [want * mean, want, mean, want + 1.0], rtol=1e-14)
+    made[1] = 0
+    for square in (np.inf, np.nan):
+        norm_sq = np.array([square])
+        stepping.verdict(values, norm_sq, made[1:], tally)
+        assert np.isnan(norm_sq[0]) and tally[1] == 2
+
+
+def transposes(rows: int, columns: int, place: Place) -> None:
+    """Bits of NumPy, of float32 and of bfloat16."""
+    x = normal(14, rows, columns)
+    for a in (place(x), place(bf16.pack(x))):
+        assert np.array_equal(transpose.transpose(a, rows, (columns, rows)), a.T)
+        into = place(np.empty((columns, 1, rows), a.dtype))
+        assert transpose.transpose(a, rows, into.shape, into) is into and np.array_equal(into[:, 0], a.T)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -151,6 +207,19 @@ def all_cases() -> Iterator[tuple[str, Case]]:
         20482,
     ):  # one block, rounds of four accesses, what is left of a round and of four
         yield f"sums of squares {size}", lambda place, s=size: sums_of_squares(s, place)  # type: ignore[misc]
+
+    for sizes in ((1, 8, 8, 1), (5, 7, 5, 3), (300, 1, 1, 1), (2, 2053), (3, 40, 36)):
+        yield f"levels and examples {sizes}", lambda place, s=sizes: levels_and_examples(s, place)  # type: ignore[misc]
+    for batch in (1, 33, 700):
+        yield f"verdicts {batch}", lambda place, n=batch: verdicts(n, place)  # type: ignore[misc]
+    for sizes in ((1, 1), (32, 32), (33, 65), (70, 4), (64, 132), (0, 4)):
+        yield f"transposes {sizes}", lambda place, s=sizes: transposes(*s, place)  # type: ignore[misc]
+    yield from cuda_attention_cases.all_cases()
+    yield from cuda_conv_mma_cases.all_cases()
+    yield from cuda_bf16_cases.all_cases()
+    yield from cuda_sampling_cases.all_cases()
+    yield from cuda_conv_mma_weight_cases.all_cases()
+    yield from cuda_norm_affine_cases.all_cases()
 
 
 CASES: dict[str, Case] = dict(all_cases())

@@ -6,9 +6,17 @@ from unittest import mock
 
 import numpy as np
 
-from alphabar.kernels import TABLE, accuracy, gpu, registry
-from alphabar.kernels.gpu import elementwise, optim
+from alphabar.kernels import TABLE, accuracy, bf16, gpu, registry
+from alphabar.kernels.gpu import elementwise, optim, stepping, transpose
 from alphabar.kernels.registry import Case, Kernel
+from tests import (
+    cuda_attention_cases,
+    cuda_bf16_cases,
+    cuda_conv_mma_cases,
+    cuda_conv_mma_weight_cases,
+    cuda_norm_affine_cases,
+    cuda_sampling_cases,
+)
 from tests.cuda_cases import aligned
 from tests.cusim.probes import shifted, shifted_launcher
 
@@ -87,3 +95,17 @@ def _others(place: Callable[[np.ndarray], np.ndarray]) -> None:
     elementwise.upsample(x)
     optim.adamw_ema_by_table(*([x.reshape(-1)] * 5), np.zeros((1, 5), np.float32), one, 0.9, 0.99, 1e-8, norm_sq)
     optim.count(one)
+    weights = place(np.zeros((3, 3, 64, 128), np.float32))
+    for a in (weights, weights.astype(bf16.BF16)):
+        transpose.transpose(a, 576, (128, 3, 3, 64))
+    images, levels = np.zeros((128, 32, 32, 3), np.uint8), np.zeros((6, 128), np.float32)
+    noised = [place(np.zeros(images.shape, np.float32)) for _ in range(2)]
+    stepping.draw_levels(np.zeros((1001, 6), np.float32), one, 0, np.zeros(128), levels)
+    stepping.example(images, levels, one, 0, *noised)
+    stepping.verdict(levels[0], norm_sq, one, np.zeros(4))
+    cuda_attention_cases.at_sizes_of_networks(place)
+    cuda_conv_mma_cases.at_sizes_of_networks(place)
+    cuda_bf16_cases.at_sizes_of_networks(place)
+    cuda_sampling_cases.at_sizes_of_networks(place)
+    cuda_conv_mma_weight_cases.at_sizes_of_networks(place)
+    cuda_norm_affine_cases.at_sizes_of_networks(place)

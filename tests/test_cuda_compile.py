@@ -87,7 +87,8 @@ def test_data_moves_16_bytes_at_a_time(usage: dict) -> None:
 
 def test_only_the_optimiser_and_the_times_compute_in_double_precision(usage: dict) -> None:
     assert {name for (name, _), u in usage.items() if u.doubles} == {
-        *("adamw_wide", "adamw_any", "squares_wide", "squares_any", "sum_parts", "count", "time_features")
+        *("adamw_wide", "adamw_any", "squares_wide", "squares_any", "sum_parts", "count", "time_features"),
+        *("draw_levels", "verdict"),
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from alphabar.kernels import elementwise as chosen
 from alphabar.kernels import gpu, use
+from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.compile import FOLDER, source
 from alphabar.kernels.gpu import elementwise, launch
 from alphabar.kernels.reference.random import cos_sin, minus_2_log
@@ -22,13 +23,13 @@ pytestmark = [
     pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
     pytest.mark.usefixtures("nothing_is_left_unwritten"),
 ]
-FILES = [FOLDER / f"{name}.cu" for name in ("elementwise", "optim", "random", "forward", "step", "conv")]
+FILES = [FOLDER / f"{name}.cu" for name in ("elementwise", "optim", "stepping", "random", "forward", "step", "conv")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     cusim.prepare(FILES)
-    cusim.prepare(FILES[:2], ("check",))
+    cusim.prepare(FILES[:3], ("check",))
 
 
 @pytest.mark.parametrize("order", cusim.ORDERS)
@@ -83,6 +84,20 @@ def test_no_byte_of_a_sector_is_wasted() -> None:
     assert all(r.share >= 1 for r in wide_accesses), wide_accesses
 
 
+def test_nor_of_bf16() -> None:
+    device = cusim.Host("check", traffic=True)
+    x, wide, image = (aligned(pack(normal(k, *shape))) for k, shape in enumerate([(2, 40, 64), (2, 40, 128), (1, 4, 4, 32)]))
+    numbers = aligned(normal(3, 2, 40, 64))
+    with gpu.on(device):
+        elementwise.fill(x, 1), elementwise.add(x, x, x), elementwise.concat(x, wide), elementwise.channels(wide, 32, 64)
+        elementwise.sum_places(x), elementwise.upsample(image), elementwise.upsample_backward(image)
+        elementwise.cast(numbers, x), elementwise.cast(x, numbers), elementwise.weighted_sum(1, numbers, 2, numbers, numbers)
+    accesses = [r for r in device.traffic if r.via.startswith("common.cuh") and r.memory == "global"]
+    assert {(r.kind, r.bytes) for r in accesses} == {(kind, size) for kind in ("load", "store") for size in (8, 16)}
+    assert all(r.share >= 1 for r in accesses), accesses
+    assert all(r.conflict == 1 for r in device.traffic if r.memory == "shared")
+
+
 # --------------------------------------------------------------------------------------------------------------- the choice
 
 
@@ -120,6 +135,8 @@ def calls(xp: Any) -> dict[str, Any]:
         "take_rows": chosen.take_rows(emb, xp.asarray(np.array([[1], [0]]))),
         "upsample": chosen.upsample(x),
         "upsample_backward": chosen.upsample_backward(x),
+        "weighted_sum": chosen.weighted_sum(3, x, -2, x),
+        "cast": chosen.cast(chosen.cast(x, BF16), np.float32),
     }
     chosen.add_columns(x, 4, wide)
     optional = {
@@ -150,6 +167,98 @@ def test_other_arrays_and_the_definitions_keep_to_the_library(device: Hosted) ->
     x = fake_cupy.cupy.asarray(normal(0, 4, 4, 8).astype(np.float64))
     assert np.array_equal(chosen.add(x, x).get(), 2 * x.get())
     assert not device.launched
+
+
+def calls_in_bf16(xp: Any) -> dict[str, Any]:
+    x, wide = (xp.asarray(pack(normal(k, *shape))) for k, shape in enumerate([(2, 4, 4, 8), (2, 4, 4, 16)]))
+    return {
+        "zeros": chosen.zeros((3, 6), BF16, xp),
+        "add": chosen.add(x, x),
+        "add, over it": chosen.add(chosen.channels(x, 0, 8), x, chosen.channels(x, 0, 8)),
+        "concat": chosen.concat(x, wide),
+        "channels": chosen.channels(wide, 8, 8),
+        "sum_places": chosen.sum_places(x),
+        "upsample": chosen.upsample(x),
+        "upsample_backward": chosen.upsample_backward(x),
+        "cast": chosen.cast(x, np.float32),
+        "cast, there": chosen.cast(x, np.float32, xp.asarray(normal(2, 2, 4, 4, 8))),
+        "not cast": chosen.cast(x, BF16),
+    }
+
+
+def test_so_do_arrays_of_bf16(device: Hosted) -> None:
+    ours = calls_in_bf16(fake_cupy.cupy)
+    x, wide = unpack(pack(normal(0, 2, 4, 4, 8))), unpack(pack(normal(1, 2, 4, 4, 16)))
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    theirs = {
+        "zeros": np.zeros((3, 6)),
+        **dict.fromkeys(("add", "add, over it"), 2 * x),
+        "concat": np.concatenate([x, wide], axis=-1),
+        "channels": wide[..., 8:],
+        "sum_places": x.sum(axis=(1, 2)),
+        "upsample": doubled,
+        "upsample_backward": x.reshape(2, 2, 2, 2, 2, 8).sum(axis=(2, 4)),
+        **dict.fromkeys(("cast", "cast, there", "not cast"), x),
+    }
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        made = ours[name].get()
+        assert made.dtype == (np.float32 if "sum_p" in name or name.startswith("cast") else BF16)
+        made, close = (unpack(made), 2.0**-8) if made.dtype == BF16 else (made, 1e-6)
+        np.testing.assert_allclose(made, value, rtol=close, atol=1e-6, err_msg=name)
+    assert {"add_wide_bf16", "sum_places_wide_bf16", "upsample_backward_wide_bf16", "to_float_wide"} <= set(device.launched)
+    copies = {"concat_wide", "channels_wide", "upsample_wide"}  # of half as many floats
+    assert copies <= set(device.launched) and {"fill_wide", "fill_any"} & set(device.launched)
+
+
+def test_bits_are_not_taken_for_integers(device: Hosted) -> None:
+    x, numbers = (fake_cupy.cupy.asarray(a) for a in (pack(normal(0, 4, 4, 8)), normal(1, 4, 4, 8)))
+    refused = {
+        "some of the arrays": lambda: chosen.add(x, x, numbers),
+        "not contiguous": lambda: chosen.add(x[:, ::2], x[:, ::2]),
+        "no kernel": lambda: chosen.add_columns(x, 0, x),
+        "no such sum": lambda: chosen.weighted_sum(1, x, 1, x),
+    }
+    for name, call in refused.items():
+        with pytest.raises(TypeError, match="bfloat16 is for some of a GPU's own kernels"):
+            call()
+            pytest.fail(name)
+    with use("reference"), pytest.raises(TypeError, match="bfloat16 is for some"):
+        chosen.sum_places(x)
+    for wrong, dtype in ((numbers, np.float64), (numbers.astype(np.float64), BF16)):
+        with pytest.raises(TypeError, match="a cast is from float32 to bfloat16"):
+            chosen.cast(wrong, dtype)
+    assert not device.launched
+
+
+def test_every_number_of_16_bits_and_what_lies_between(host: cusim.Host) -> None:
+    every = np.arange(1 << 16, dtype=BF16)
+    numbers = elementwise.cast(every, np.empty(every.size, np.float32))
+    assert np.array_equal(numbers.view(np.uint32), every.astype(np.uint32) << 16)
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        between = (every.astype(np.uint32) << 16 | np.uint32(lower)).view(np.float32)
+        for x, out in ((between, every.copy()), (shifted(between), shifted(every))):
+            made, number = elementwise.cast(x, out), ~np.isnan(between)
+            assert np.array_equal(made[number], pack(between)[number]) and np.isnan(unpack(made[~number])).all()
+
+
+OLDER = """#define __CUDA_ARCH__ 750
+#include "common.cuh"
+extern "C" __global__ void pairs(const float* x, unsigned* out) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+}
+"""
+
+
+def test_pairs_on_gpus_without_the_instruction(tmp_path: Path) -> None:
+    (tmp_path / "common.cuh").write_text((FOLDER / "common.cuh").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "older.cu").write_text(OLDER)
+    x, out = normal(0, 512), np.zeros(256, np.uint32)
+    x[5] = np.nan
+    cusim.Module(tmp_path / "older.cu").launch("pairs", (2,), (128,), (x, out))
+    made = out.view(BF16)
+    assert np.isnan(unpack(made[5:6])) and np.array_equal(np.delete(made, 5), np.delete(pack(x), 5))
 
 
 # ---------------------------------------------------------------------------------------------------------- captured graphs

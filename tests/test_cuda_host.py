@@ -13,6 +13,7 @@ import pytest
 from alphabar.kernels import TABLE, accuracy, buffers, gpu, reference
 from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import conv, discrete, elementwise, launch
+from alphabar.kernels.recording import NotCapturable
 from alphabar.kernels.reference.discrete import uniform
 from alphabar.kernels.reference.random import words
 from alphabar.kernels.streams import SAMPLER
@@ -149,9 +150,40 @@ def test_a_device_counter_moves_the_row_and_the_noise(host: cusim.Host) -> None:
     sizes, limits = (np.int32(32), np.int32(16), np.int32(64)), (np.float32(-np.inf), np.float32(np.inf))
     draw = (np.uint32(8), np.uint32(0), np.uint32(SAMPLER), np.uint32(0))
     counter = np.array([2], np.int32)
-    args = (x, m, rows, np.int32(1), np.uint32(1), counter, None, None, None, None, None, *limits, out, None, *sizes, *draw)
+    row = (np.int32(1), np.int32(3), np.uint32(1))
+    args = (x, m, rows, *row, counter, None, None, None, None, None, None, *limits, out, None, *sizes, *draw)
     host.launch("step", "step_made_wide", (1,), (64,), args)
     assert np.array_equal(out, gpu.step(x, m, rows, 3, noise=True, seed=8))
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (3, 37)])
+def test_a_step_reads_its_seed_and_its_samples_from_the_device(shape: tuple[int, int], host: cusim.Host) -> None:
+    rng = np.random.default_rng(0)
+    x, m = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    rows = rng.uniform(-1, 1, (4, 13)).astype(np.float32)
+    seed, counter = (7 << 32) + 8, np.array([2], np.int32)
+    with gpu.counted(counter, np.array([8, 7, 5], np.uint32)):
+        ours = gpu.step(x, m, rows, 1, noise=True)
+        with pytest.raises(NotCapturable, match="only step reads its seed"):
+            gpu.normals(np.empty_like(x), 8)
+    assert np.array_equal(ours, gpu.step(x, m, rows, 3, noise=True, seed=seed, first_sample=5))
+    assert not np.array_equal(ours, gpu.step(x, m, rows, 3, noise=True, seed=8, first_sample=5))
+    assert not np.array_equal(ours, gpu.step(x, m, rows, 3, noise=True, seed=seed))
+    with (
+        pytest.raises(ValueError, match="words must be an uint32 array of 3 elements"),
+        gpu.counted(counter, np.zeros(2, np.uint32)),
+    ):
+        pass
+
+
+def test_beyond_its_table_a_step_stays_at_the_last_row(host: cusim.Host) -> None:
+    rng = np.random.default_rng(0)
+    x, m = (rng.standard_normal((2, 64)).astype(np.float32) for _ in range(2))
+    rows = rng.uniform(-1, 1, (4, 13)).astype(np.float32)
+    last = gpu.step(x, m, rows, 3)
+    for beyond in (0, 1, 9):
+        with gpu.counted(np.array([3 + beyond], np.int32)):
+            assert np.array_equal(gpu.step(x, m, rows, 0), last)
 
 
 def test_a_device_counter_moves_the_draws_of_states(host: cusim.Host) -> None:

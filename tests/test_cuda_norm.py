@@ -1,13 +1,18 @@
 """Group normalisation on CUDA, run on the host: slabs that a block keeps and slabs in parts, two arrays behind one another."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
 from alphabar.kernels import gpu, reference
+from alphabar.kernels.bf16 import BF16, pack
+from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import norm
-from tests import cusim
+from tests import cuda_bf16_cases, cusim
+from tests.cuda_cases import aligned
+from tests.cusim.probes import shifted
 
 pytestmark = [
     pytest.mark.skipif(not cusim.available(), reason="g++ is not installed"),
@@ -81,6 +86,26 @@ def test_shapes_drawn_at_random(host: cusim.Host) -> None:
     assert len(set(host.launched)) == 13  # all of the file
 
 
+def test_shapes_drawn_at_random_in_bf16(host: cusim.Host) -> None:
+    rng = np.random.default_rng(2)
+    for seed in range(60):
+        size, groups, places = (int(2 ** rng.uniform(low, high)) for low, high in ((0, 6), (0, 5), (3, 10)))
+        shape, place = (int(rng.integers(1, 4)), places, size * groups), (aligned, shifted)[seed % 5 == 0]
+        head = int(rng.integers(1, size * groups)) if seed % 7 == 0 and size * groups > 1 else None
+        cuda_bf16_cases.norm(shape, groups, head, place, bool(seed % 2), seed % 3 > 0, seed)
+    kernels = {name for name in cusim.kernels(FOLDER / "norm.cu") if name.endswith("_bf16")} | {"norm_sum"}
+    assert set(host.launched) == kernels and len(kernels) == 13
+
+
+def test_bf16_is_kept_in_half_the_room(host: cusim.Host) -> None:
+    """Of 32 x 32 places a sector of x and one of dy are 64 KiB: two blocks find room, and all is read once."""
+    for arrays in (1, 2):
+        plan = norm._plan(128, 32 * 32, 128, 32, 4, arrays, norm.MOST_KEPT, 2)
+        assert plan.parts == 1 and plan.shared - 4 * plan.stash == 64 << 10 and plan.shared <= norm.TWO_RESIDENT
+    cuda_bf16_cases.norm((2, 32, 32, 32), 4, None, aligned)
+    assert set(host.launched) == {"norm_forward_wide_bf16", "norm_backward_wide_bf16", "norm_sum"}
+
+
 def test_samples_are_taken_as_many_at_a_time_as_the_cache_holds(host: cusim.Host, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem((5, 48, 48, 8), 1)
     both(p)
@@ -119,6 +144,18 @@ def test_the_result_may_take_the_place_of_an_argument(shape: tuple[int, ...], ho
     assert np.array_equal(p["x"], y)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 7, 32), (1, 64, 64, 32)])
+def test_the_result_may_take_the_place_of_an_argument_in_bf16(shape: tuple[int, ...], host: cusim.Host) -> None:
+    p = problem(shape, 2)
+    p["x"], dy = pack(p["x"]), pack(p["x"] ** 2)
+    y, mean, rstd = gpu.group_norm_silu(**p)
+    dx = gpu.group_norm_silu_backward(dy, **p, mean=mean, rstd=rstd)[0]
+    assert gpu.group_norm_silu_backward(dy, **p, mean=mean, rstd=rstd, out=dy)[0] is dy
+    assert np.array_equal(dy, dx)
+    assert gpu.group_norm_silu(**p, out=p["x"])[0] is p["x"]
+    assert np.array_equal(p["x"], y)
+
+
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((1, 16, 16, 64), 32), ((2, 8, 8, 96), 32), ((2, 8, 8, 32), 32), ((1, 48, 48, 40), 8), ((160, 2, 8, 64), 32)],
@@ -131,6 +168,18 @@ def test_every_request_fills_its_sectors(shape: tuple[int, ...], groups: int) ->
     assert {row.kind for row in rows} == {"load", "store"}
     assert all(row.share >= 1 for row in rows), rows
     kept = [row for row in device.traffic if row.memory == "shared" and row.bytes == 16]
+    assert all(row.conflict == 1 for row in kept), kept
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 16, 16, 64), 32), ((2, 8, 8, 96), 32), ((1, 64, 64, 48), 12)])
+def test_every_request_of_bf16_fills_its_sectors(shape: tuple[int, ...], groups: int) -> None:
+    device = cusim.Host("check", traffic=True)
+    with gpu.on(device):
+        cuda_bf16_cases.norm(shape, groups, None, aligned)
+    rows = [row for row in device.traffic if row.memory == "global" and row.bytes in (8, 16)]
+    assert {(row.kind, row.bytes) for row in rows} == {("load", 8), ("store", 8), ("load", 16)}
+    assert all(row.share >= 1 for row in rows), rows
+    kept = [row for row in device.traffic if row.memory == "shared" and row.bytes == 8]
     assert all(row.conflict == 1 for row in kept), kept
 
 
@@ -156,6 +205,15 @@ def test_a_group_too_wide_for_the_kernels_goes_to_the_definition(host: cusim.Hos
     assert np.array_equal(ours[0], defined[0]) and not host.launched
 
 
+@pytest.mark.parametrize("head", [None, 5])
+def test_nor_do_the_kernels_take_such_a_group_of_bf16(head: int | None, host: cusim.Host) -> None:
+    cuda_bf16_cases.norm((2, 1, norm.LARGEST_GROUP + 1), 1, head, aligned)
+    assert not host.launched
+    p = problem((0, 4, 4, 8), 2)
+    y, mean, rstd = gpu.group_norm_silu(**p | {"x": pack(p["x"])})
+    assert y.dtype == BF16 and y.shape == (0, 4, 4, 8) and mean.dtype == rstd.dtype == np.float32
+
+
 BATCHES = [1, 4, 32, 256]
 IMAGES = [
     (8, 256, 32),
@@ -174,13 +232,13 @@ IMAGES = [
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("side", "channels", "groups"), IMAGES)
 def test_plans_fit_and_fill_a_gpu(side: int, channels: int, groups: int, batch: int, most: int) -> None:
-    for width in (1, 4):
-        for arrays in (1, 2):
-            plan = norm._plan(batch, side * side, channels, groups, width, arrays, most)
-            blocks = plan.samples * groups // plan.span * plan.parts
-            row = plan.span * channels // groups
-            assert plan.shared <= most and groups % plan.span == 0 and row % width == 0 and row >= norm.SECTOR
-            assert plan.parts <= min(norm.MOST_PARTS, side * side) and 1 <= plan.samples <= batch
-            assert plan.parts == 1 or plan.samples in (1, batch) or plan.samples * side * side * channels * arrays <= norm.CACHED
-            floats = row * side * side // plan.parts  # of a block: a few of its accesses take as long as a launch
-            assert blocks >= norm.ENOUGH // 2 or floats <= norm.LONG
+    for width, arrays, item in product((1, 4), (1, 2), (2, 4)):
+        plan = norm._plan(batch, side * side, channels, groups, width, arrays, most, item)
+        blocks = plan.samples * groups // plan.span * plan.parts
+        row = plan.span * channels // groups
+        assert plan.shared <= most and groups % plan.span == 0 and row % width == 0 and item * row >= 4 * norm.SECTOR
+        assert plan.parts <= min(norm.MOST_PARTS, side * side) and 1 <= plan.samples <= batch
+        cached = 4 * norm.CACHED // item
+        assert plan.parts == 1 or plan.samples in (1, batch) or plan.samples * side * side * channels * arrays <= cached
+        elements = row * side * side // plan.parts  # of a block: a few of its accesses take as long as a launch
+        assert blocks >= norm.ENOUGH // 2 or elements <= norm.LONG

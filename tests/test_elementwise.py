@@ -7,6 +7,7 @@ import pytest
 
 from alphabar import kernels
 from alphabar.kernels import elementwise
+from alphabar.kernels.bf16 import BF16
 
 pytest.importorskip("numba")
 rng = np.random.default_rng(0)
@@ -46,6 +47,33 @@ def test_sums_and_copies_have_numpys_bits(way: str, shape: tuple[int, ...]) -> N
     np.testing.assert_array_equal(a, want)
     elementwise.fill(a, 2.5)
     assert (a == 2.5).all() and not elementwise.zeros(shape, np.float32).any()
+
+
+def test_weighted_sums_have_the_bits_of_two_products_and_a_sum(way: str) -> None:
+    x, y = normal(3, 5), normal(3, 5)
+    want = np.float32(3.1) * x + np.float32(-2.1) * y
+    np.testing.assert_array_equal(elementwise.weighted_sum(np.float64(3.1), x, -2.1, y), want)
+    assert elementwise.weighted_sum(3.1, x, -2.1, y, y) is y
+    np.testing.assert_array_equal(y, want)
+    wide = rng.standard_normal(4)
+    np.testing.assert_array_equal(elementwise.weighted_sum(3.1, wide, -2.1, wide), 3.1 * wide + -2.1 * wide)
+
+
+def test_casts_between_float32_and_the_bits_of_bfloat16(way: str) -> None:
+    """Rounded by the formula of the standard, in float64: to a multiple of 2^(e - 7), ties to even."""
+    x = np.concatenate([normal(999), np.array([0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8 + 2.0**-20)], np.float32)])
+    unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(x), 2.0**-126).astype(np.float64))) - 7)
+    bits = elementwise.cast(x, BF16)
+    back = elementwise.cast(bits, "float32")
+    assert bits.dtype == BF16 and back.dtype == np.float32
+    np.testing.assert_array_equal(back, np.rint(x / unit) * unit)
+    assert elementwise.cast(x, np.float32) is x and elementwise.cast(bits, BF16) is bits
+    into = np.empty_like(x)
+    assert elementwise.cast(x, np.float32, into) is into and elementwise.cast(x, BF16, bits) is bits
+    np.testing.assert_array_equal(into, x)
+    for a, dtype in ((x, np.float64), (x.astype(np.float64), BF16), (bits, np.int32)):
+        with pytest.raises(TypeError, match="a cast is from float32 to bfloat16"):
+            elementwise.cast(a, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,12 +1,13 @@
 // Sums and copies between the large kernels, on rows of channels: each thread moves N = 4 neighbouring floats (`wide`) or one (`any`), and
-// sizes along the channels are counted in floats. Every sum has a fixed order.
+// sizes along the channels are counted in floats. Every sum has a fixed order. Where there is a type T it is float or bf16, of which sums
+// are made in float and rounded once; copies of an even number of bf16 are those of half as many floats.
 #include "common.cuh"
 
 // All i = 0, N, 2N, ... below n, which is a multiple of N below 2^31.
 #define EVERY(i, N, n) (unsigned i = N * (blockIdx.x * blockDim.x + threadIdx.x); i < (unsigned)n; i += N * (gridDim.x * blockDim.x))
 
-struct Fill {
-  float* out;
+template <class T> struct Fill {
+  T* out;
   float value;
   template <int N> __device__ __forceinline__ void run(int64 i) {
     float v[N];
@@ -17,7 +18,7 @@ struct Fill {
 };
 
 // to = from + more
-template <int N> __device__ __forceinline__ void add_up(float* to, const float* from, const float* more) {
+template <int N, class T> __device__ __forceinline__ void add_up(T* to, const T* from, const T* more) {
   float v[N], w[N];
   load<N>(v, from);
   load<N>(w, more);
@@ -26,22 +27,44 @@ template <int N> __device__ __forceinline__ void add_up(float* to, const float* 
   save<N>(to, v);
 }
 
-struct Add {
-  const float *a, *b;
-  float* out;
+template <class T> struct Add {
+  const T *a, *b;
+  T* out;
   template <int N> __device__ __forceinline__ void run(int64 i) {
     add_up<N>(out + i, a + i, b + i);
   }
 };
 
-template <int N> __device__ __forceinline__ void copy(float* to, const float* from) {
+// out = a x + b y, both products rounded before they are added
+struct WeightedSum {
+  const float *x, *y;
+  float *out, a, b;
+  template <int N> __device__ __forceinline__ void run(int64 i) {
+    float v[N], w[N];
+    load<N>(v, x + i);
+    load<N>(w, y + i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = __fadd_rn(__fmul_rn(a, v[k]), __fmul_rn(b, w[k]));
+    save<N>(out + i, v);
+  }
+};
+
+template <int N, class To, class From> __device__ __forceinline__ void copy(To* to, const From* from) {
   float v[N];
   load<N>(v, from);
   save<N>(to, v);
 }
 
+template <class To, class From> struct Cast {
+  const From* x;
+  To* out;
+  template <int N> __device__ __forceinline__ void run(int64 i) {
+    copy<N>(out + i, x + i);
+  }
+};
+
 // out[r, c] = x[r, at + c] for c < count; rows of x are `width` long
-template <int N> __device__ __forceinline__ void channels(const float* x, float* out, int at, int width, int count, int n) {
+template <int N, class T> __device__ __forceinline__ void channels(const T* x, T* out, int at, int width, int count, int n) {
   for EVERY(i, N, n) {
     unsigned row = i / (unsigned)count, c = i - row * count;
     copy<N>(out + i, x + (int64)row * width + at + c);
@@ -58,7 +81,7 @@ template <int N> __device__ __forceinline__ void add_columns(const float* x, flo
 }
 
 // out[r] = [a[r], b[r]]
-template <int N> __device__ __forceinline__ void concat(const float* a, const float* b, float* out, int first, int second, int n) {
+template <int N, class T> __device__ __forceinline__ void concat(const T* a, const T* b, T* out, int first, int second, int n) {
   for EVERY(i, N, n) {
     unsigned row = i / (unsigned)(first + second), c = i - row * (first + second);
     copy<N>(out + i, c < (unsigned)first ? a + (int64)row * first + c : b + (int64)row * second + (c - first));
@@ -88,14 +111,14 @@ __device__ __forceinline__ void take_rows(const float* table, const int64* index
 
 // A block of 256 threads: `lanes` of them (a power of two up to 32) side by side along the channels, the others along the places of one slice
 // of one sample. parts[s, slice, c] = the sum over its places; the threads' sums are added in halves, always the same.
-template <int N>
-__device__ __forceinline__ void sum_places(const float* x, float* parts, int places, int channels, int lanes, int tiles, int slices, int of_slice) {
+template <int N, class T>
+__device__ __forceinline__ void sum_places(const T* x, float* parts, int places, int channels, int lanes, int tiles, int slices, int of_slice) {
   __shared__ __align__(16) float sums[256][N];
   int tile = blockIdx.x % tiles, slice = blockIdx.x / tiles % slices, sample = blockIdx.x / tiles / slices;
   int lane = threadIdx.x % lanes, line = threadIdx.x / lanes, lines = 256 / lanes, c = (tile * lanes + lane) * N;
   float total[N] = {};
   if (c < channels) {
-    const float* from = x + (int64)sample * places * channels + c;
+    const T* from = x + (int64)sample * places * channels + c;
     int end = min(places, (slice + 1) * of_slice);
 #pragma unroll 4
     for (int p = slice * of_slice + line; p < end; p += lines) {
@@ -191,11 +214,11 @@ __device__ __forceinline__ int64 doubled(unsigned i, int line, int channels) {
 }
 
 // Each place becomes four.
-template <int N> __device__ __forceinline__ void upsample(const float* x, float* out, int line, int channels, int n) {
+template <int N, class T> __device__ __forceinline__ void upsample(const T* x, T* out, int line, int channels, int n) {
   for EVERY(i, N, n) {
     float v[N];
     load<N>(v, x + i);
-    float* to = out + doubled(i, line, channels);
+    T* to = out + doubled(i, line, channels);
 #pragma unroll 1  // unrolled, the compiler takes some of the sixteen stores apart
     for (int row = 0; row < 2; ++row, to += 2 * (int64)line) {
       save<N>(to, v);
@@ -205,9 +228,9 @@ template <int N> __device__ __forceinline__ void upsample(const float* x, float*
 }
 
 // Its transpose: the sum of the four.
-template <int N> __device__ __forceinline__ void upsample_backward(const float* dy, float* out, int line, int channels, int n) {
+template <int N, class T> __device__ __forceinline__ void upsample_backward(const T* dy, T* out, int line, int channels, int n) {
   for EVERY(i, N, n) {
-    const float* from = dy + doubled(i, line, channels);
+    const T* from = dy + doubled(i, line, channels);
     float a[N], b[N], c[N], d[N];
     load<N>(a, from);
     load<N>(b, from + channels);
@@ -220,53 +243,80 @@ template <int N> __device__ __forceinline__ void upsample_backward(const float* 
 }
 
 // What may be written over what is read is not __restrict__.
-#define ELEMENTWISE(SUFFIX, N)                                                                                                              \
-  extern "C" __global__ void __launch_bounds__(256) fill_##SUFFIX(float* __restrict__ out, float value, int64 n) {                         \
-    Fill body{out, value};                                                                                                                  \
+#define COPIES(SUFFIX, T, N)                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256) fill_##SUFFIX(T* __restrict__ out, float value, int64 n) {                              \
+    Fill<T> body{out, value};                                                                                                               \
     for_each<N>(n, body);                                                                                                                   \
   }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256) add_##SUFFIX(const float* a, const float* b, float* out, int64 n) {                    \
-    Add body{a, b, out};                                                                                                                    \
-    for_each<N>(n, body);                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      channels_##SUFFIX(const T* __restrict__ x, T* __restrict__ out, int at, int width, int count, int n) {                                \
+    channels<N>(x, out, at, width, count, n);                                                                                               \
   }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      channels_##SUFFIX(const float* __restrict__ x, float* __restrict__ out, int at, int width, int count, int n) {                       \
-    channels<N>(x, out, at, width, count, n);                                                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      concat_##SUFFIX(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int first, int second, int n) {                \
+    concat<N>(a, b, out, first, second, n);                                                                                                 \
   }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      add_columns_##SUFFIX(const float* x, float* out, int at, int width, int count, int n) {                                              \
-    add_columns<N>(x, out, at, width, count, n);                                                                                           \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      concat_##SUFFIX(const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ out, int first, int second, int n) {   \
-    concat<N>(a, b, out, first, second, n);                                                                                                \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      add_channels_##SUFFIX(const float* x, const float* __restrict__ emb, float* out, int at, int width, int count, int size, int n) {    \
-    add_channels<N>(x, emb, out, at, width, count, size, n);                                                                               \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      take_rows_##SUFFIX(const float* __restrict__ table, const int64* __restrict__ index, float* __restrict__ out, int rows, int width,   \
-                         int n) {                                                                                                           \
-    take_rows<N>(table, index, out, rows, width, n);                                                                                       \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      sum_places_##SUFFIX(const float* __restrict__ x, float* __restrict__ parts, int places, int channels, int lanes, int tiles,          \
-                          int slices, int of_slice) {                                                                                      \
-    sum_places<N>(x, parts, places, channels, lanes, tiles, slices, of_slice);                                                             \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      sum_into_rows_##SUFFIX(const float* __restrict__ x, const int64* __restrict__ index, float* __restrict__ out, int n, int width) {    \
-    sum_into_rows<N>(x, index, out, n, width);                                                                                             \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      upsample_##SUFFIX(const float* __restrict__ x, float* __restrict__ out, int line, int channels, int n) {                             \
-    upsample<N>(x, out, line, channels, n);                                                                                                \
-  }                                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                        \
-      upsample_backward_##SUFFIX(const float* __restrict__ dy, float* __restrict__ out, int line, int channels, int n) {                   \
-    upsample_backward<N>(dy, out, line, channels, n);                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      upsample_##SUFFIX(const T* __restrict__ x, T* __restrict__ out, int line, int channels, int n) {                                      \
+    upsample<N>(x, out, line, channels, n);                                                                                                 \
   }
 
-ELEMENTWISE(wide, 4)
-ELEMENTWISE(any, 1)
+// FLAT: of arrays without rows
+#define SUMS(SUFFIX, T, N, FLAT)                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256) add_##SUFFIX(const T* a, const T* b, T* out, int64 n) {                                 \
+    Add<T> body{a, b, out};                                                                                                                 \
+    for_each<FLAT>(n, body);                                                                                                                \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      sum_places_##SUFFIX(const T* __restrict__ x, float* __restrict__ parts, int places, int channels, int lanes, int tiles, int slices,   \
+                          int of_slice) {                                                                                                   \
+    sum_places<N>(x, parts, places, channels, lanes, tiles, slices, of_slice);                                                              \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      upsample_backward_##SUFFIX(const T* __restrict__ dy, T* __restrict__ out, int line, int channels, int n) {                            \
+    upsample_backward<N>(dy, out, line, channels, n);                                                                                       \
+  }
+
+#define OF_FLOATS(SUFFIX, N)                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      weighted_sum_##SUFFIX(const float* x, const float* y, float* out, float a, float b, int64 n) {                                        \
+    WeightedSum body{x, y, out, a, b};                                                                                                      \
+    for_each<N>(n, body);                                                                                                                   \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      to_bf16_##SUFFIX(const float* __restrict__ x, bf16* __restrict__ out, int64 n) {                                                      \
+    Cast<bf16, float> body{x, out};                                                                                                         \
+    for_each<N>(n, body);                                                                                                                   \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      to_float_##SUFFIX(const bf16* __restrict__ x, float* __restrict__ out, int64 n) {                                                     \
+    Cast<float, bf16> body{x, out};                                                                                                         \
+    for_each<N>(n, body);                                                                                                                   \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      add_columns_##SUFFIX(const float* x, float* out, int at, int width, int count, int n) {                                               \
+    add_columns<N>(x, out, at, width, count, n);                                                                                            \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      add_channels_##SUFFIX(const float* x, const float* __restrict__ emb, float* out, int at, int width, int count, int size, int n) {     \
+    add_channels<N>(x, emb, out, at, width, count, size, n);                                                                                \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      take_rows_##SUFFIX(const float* __restrict__ table, const int64* __restrict__ index, float* __restrict__ out, int rows, int width,    \
+                         int n) {                                                                                                           \
+    take_rows<N>(table, index, out, rows, width, n);                                                                                        \
+  }                                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                         \
+      sum_into_rows_##SUFFIX(const float* __restrict__ x, const int64* __restrict__ index, float* __restrict__ out, int n, int width) {     \
+    sum_into_rows<N>(x, index, out, n, width);                                                                                              \
+  }
+
+COPIES(wide, float, 4)
+COPIES(any, float, 1)
+COPIES(any_bf16, bf16, 1)
+SUMS(wide, float, 4, 4)
+SUMS(any, float, 1, 1)
+SUMS(wide_bf16, bf16, 4, 8)
+SUMS(any_bf16, bf16, 1, 1)
+OF_FLOATS(wide, 4)
+OF_FLOATS(any, 1)

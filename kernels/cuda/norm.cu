@@ -2,12 +2,15 @@
 // or two such arrays behind one another: x with the first `head` channels and tail with the rest.
 //
 // A block owns a slab: `span` neighbouring groups of one sample, over all places or over one of `parts` runs of them. Its channels are
-// counted in vectors of N floats, which may cross groups but not the arrays. A thread keeps to one column of vectors (or, where the slab is
+// counted in vectors of N numbers, which may cross groups but not the arrays. A thread keeps to one column of vectors (or, where the slab is
 // wider than the block, to every lanes-th) and walks down the places, BATCH vectors at a time so that several accesses are under way.
 //
 // A slab of all places is read from memory once: what the second pass needs stays in shared memory, where every thread finds its own
 // again (norm_forward, norm_backward). Where that is too much, or the blocks would be too few, one kernel sums up the parts and a second
 // one meets their sums and writes (norm_moments and norm_apply, norm_sums and norm_gradient).
+//
+// What is normalised, its gradients and the results are of type T, float or bf16; all else is float32. Of bf16 what is kept is the data
+// as they were read: half the room of x_hat and dv, so that twice as large a slab is read once.
 #include "common.cuh"
 
 struct Slab {
@@ -16,7 +19,8 @@ struct Slab {
   int lane, lanes, row, rows;   // the thread's column and first place, and their strides; lanes is a power of two
   int team, teams;              // threads whose partial sums are kept apart: a warp, or a row where that is longer
   int from, to;                 // places
-  float *table1, *table2, *group1, *group2, *counts, *stash;  // shared memory: (teams, width) twice, (span) twice, (teams); what is kept
+  float *table1, *table2, *group1, *group2, *counts;  // shared memory: (teams, width) twice, (span) twice, (teams)
+  float* stash;                                       // and what is kept
 
   // A grid of (sets of groups fastest, samples) by parts
   static __device__ __forceinline__ Slab make(float* shared, int places, int channels, int groups, int span, int lanes, int stash) {
@@ -114,14 +118,14 @@ template <class Part> __device__ __forceinline__ Moments together(int count, Par
 
 // Each channel's moments over a team's places, into the tables (mean and m2) and counts. A thread's sums are about its first element: that
 // lies among the data, so nothing cancels. With KEEP the elements go to the stash.
-template <int N, bool KEEP>
-__device__ __forceinline__ void read_moments(const Slab& s, const float* x, const float* tail, int places, int head) {
+template <class T, int N, bool KEEP>
+__device__ __forceinline__ void read_moments(const Slab& s, const T* x, const T* tail, int places, int head) {
   const int BATCH = 4;
-  float* keep = s.stash + N * threadIdx.x;
+  T* keep = reinterpret_cast<T*>(s.stash) + N * threadIdx.x;
   for (int start = 0; start < s.width; start += N * s.lanes) {
     int c = start + N * s.lane, count = 0, stride;
     float shift[N] = {}, sum[N] = {}, squares[N] = {};
-    const float* at = column_of(x, tail, head, s.channels, (int64)s.sample * places, s.first + c, stride);
+    const T* at = column_of(x, tail, head, s.channels, (int64)s.sample * places, s.first + c, stride);
     for (int place = s.from + s.row; c < s.width && place < s.to; place += BATCH * s.rows) {
       float v[BATCH][N];
 #pragma unroll
@@ -167,11 +171,11 @@ __device__ __forceinline__ void read_moments(const Slab& s, const float* x, cons
 }
 
 // y of the slab's places, once group1 and group2 hold the groups' mean and rstd
-template <int N, bool KEPT>
-__device__ __forceinline__ void normalise(const Slab& s, const float* x, const float* tail, const float* gamma, const float* beta,
-                                          const float* scale, const float* shift, float* y, int places, int head, int silu) {
+template <class T, int N, bool KEPT>
+__device__ __forceinline__ void normalise(const Slab& s, const T* x, const T* tail, const float* gamma, const float* beta,
+                                          const float* scale, const float* shift, T* y, int places, int head, int silu) {
   const int BATCH = 4;
-  const float* kept = s.stash + N * threadIdx.x;
+  const T* kept = reinterpret_cast<const T*>(s.stash) + N * threadIdx.x;
   for (int c = N * s.lane; c < s.width; c += N * s.lanes) {
     float mean[N], slope[N], offset[N], rstd[N];
     of_groups<N>(mean, rstd, s.group1, s.group2, c, s.group_size);
@@ -179,8 +183,8 @@ __device__ __forceinline__ void normalise(const Slab& s, const float* x, const f
 #pragma unroll
     for (int i = 0; i < N; ++i) slope[i] *= rstd[i];
     int stride;
-    const float* at = column_of(x, tail, head, s.channels, (int64)s.sample * places, s.first + c, stride);
-    float* to = y + (int64)s.sample * places * s.channels + s.first + c;
+    const T* at = column_of(x, tail, head, s.channels, (int64)s.sample * places, s.first + c, stride);
+    T* to = y + (int64)s.sample * places * s.channels + s.first + c;
     for (int place = s.from + s.row; place < s.to; place += BATCH * s.rows) {
       float v[BATCH][N];
 #pragma unroll
@@ -204,14 +208,14 @@ __device__ __forceinline__ void normalise(const Slab& s, const float* x, const f
 }
 
 // READ: take the moments of the slab's places. WRITE: normalise them. Only one of them: partial (samples, parts, groups, 2) lies between.
-template <int N, bool READ, bool WRITE>
-__device__ __forceinline__ void forward(const float* x, const float* tail, const float* scale, const float* shift, float* y, float* mean,
-                                        float* rstd, float* partial, const float* gamma, const float* beta, int places, int head,
-                                        int channels, int groups, int span, int lanes, int stash, float eps, int silu) {
+template <class T, int N, bool READ, bool WRITE>
+__device__ __forceinline__ void forward(const T* x, const T* tail, const float* scale, const float* shift, T* y, float* mean, float* rstd,
+                                        float* partial, const float* gamma, const float* beta, int places, int head, int channels,
+                                        int groups, int span, int lanes, int stash, float eps, int silu) {
   extern __shared__ float shared[];
   Slab s = Slab::make(shared, places, channels, groups, span, lanes, stash);
   if (READ) {
-    read_moments<N, WRITE>(s, x, tail, places, head);
+    read_moments<T, N, WRITE>(s, x, tail, places, head);
     __syncthreads();
   }
   for (int g = threadIdx.x / 32; g < span; g += blockDim.x / 32) {
@@ -241,7 +245,7 @@ __device__ __forceinline__ void forward(const float* x, const float* tail, const
   }
   if (!WRITE) return;
   __syncthreads();
-  normalise<N, READ>(s, x, tail, gamma, beta, scale, shift, y, places, head, silu);
+  normalise<T, N, READ>(s, x, tail, gamma, beta, scale, shift, y, places, head, silu);
 }
 
 // dv: the gradient before the activation
@@ -251,27 +255,32 @@ __device__ __forceinline__ float before_silu(float dy, float v, int silu) {
   return dy * (s * fmaf(v, 1.0f - s, 1.0f));
 }
 
-// What both passes of the gradient need of a thread's channels
-template <int N> struct Backward {
+// What both passes of the gradient need of a thread's channels. Of float `slope` is that of x_hat. Of bf16 it is that of x - mean, which
+// takes the place of x_hat: registers are short where the second pass begins with the data as they were read.
+template <class T, int N> struct Backward {
+  static const bool CENTRED = sizeof(T) < sizeof(float);
   float mean[N], rstd[N], slope[N], offset[N];
-  const float *x, *dy;
+  const T *x, *dy;
   int stride;
 
-  __device__ __forceinline__ Backward(const Slab& s, const float* dy_, const float* x_, const float* tail, const float* gamma,
-                                      const float* beta, const float* means, const float* rstds, const float* scale, const float* shift,
-                                      int places, int head, int groups, int c) {
+  __device__ __forceinline__ Backward(const Slab& s, const T* dy_, const T* x_, const T* tail, const float* gamma, const float* beta,
+                                      const float* means, const float* rstds, const float* scale, const float* shift, int places,
+                                      int head, int groups, int c) {
     int64 group = (int64)s.sample * groups + s.group();
     of_groups<N>(mean, rstd, means + group, rstds + group, c, s.group_size);
     affine<N>(slope, offset, gamma, beta, scale, shift, (int64)s.sample * s.channels, s.first + c);
+#pragma unroll
+    for (int i = 0; CENTRED && i < N; ++i) slope[i] *= rstd[i];
     x = column_of(x_, tail, head, s.channels, (int64)s.sample * places, s.first + c, stride);
     dy = dy_ + (int64)s.sample * places * s.channels + s.first + c;
   }
 
-  // v: x becomes x_hat; d: dy becomes dv
+  // v: x becomes x_hat, or x - mean; d: dy becomes dv
   __device__ __forceinline__ void activated(float (&v)[N], float (&d)[N], int silu) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      v[i] = (v[i] - mean[i]) * rstd[i];
+      v[i] -= mean[i];
+      if (!CENTRED) v[i] *= rstd[i];
       d[i] = before_silu(d[i], fmaf(v[i], slope[i], offset[i]), silu);
     }
   }
@@ -281,23 +290,24 @@ template <int N> struct Backward {
 //   dshift = S1, dscale = gamma S2 + beta S1, this sample's shares of dgamma = k S2 and dbeta = k S1 (samples, 2, channels),
 //   and dx = rstd (dv k gamma - <k gamma S1> - x_hat <k gamma S2>), <> the sum over a group by its number of elements.
 // READ: sum up the slab's places. WRITE: the gradients. Only one of them: partial (samples, parts, 2, channels) lies between.
-template <int N, bool READ, bool WRITE>
-__device__ __forceinline__ void backward(const float* x, const float* tail, const float* dy, const float* mean, const float* rstd,
-                                         const float* scale, const float* shift, float* dx, float* dtail, float* shares, float* dscale,
-                                         float* dshift, float* partial, const float* gamma, const float* beta, int places, int head,
-                                         int channels, int groups, int span, int lanes, int stash, int silu) {
-  const int BATCH = 2;
+template <class T, int N, bool READ, bool WRITE>
+__device__ __forceinline__ void backward(const T* x, const T* tail, const T* dy, const float* mean, const float* rstd, const float* scale,
+                                         const float* shift, T* dx, T* dtail, float* shares, float* dscale, float* dshift, float* partial,
+                                         const float* gamma, const float* beta, int places, int head, int channels, int groups, int span,
+                                         int lanes, int stash, int silu) {
+  const bool CENTRED = Backward<T, N>::CENTRED;
+  const int BATCH = READ && WRITE && CENTRED ? 1 : 2;
   extern __shared__ float shared[];
   Slab s = Slab::make(shared, places, channels, groups, span, lanes, stash);
   int64 of_sample = (int64)s.sample * channels;
-  float* mine = s.stash + N * threadIdx.x;
+  T* mine = reinterpret_cast<T*>(s.stash) + N * threadIdx.x;
   int step = N * blockDim.x;  // of the stash, from one of a thread's vectors to its next
 
   for (int start = 0; READ && start < s.width; start += N * lanes) {
     int c = start + N * s.lane;
     float sum1[N] = {}, sum2[N] = {};
     if (c < s.width) {
-      Backward<N> b(s, dy, x, tail, gamma, beta, mean, rstd, scale, shift, places, head, groups, c);
+      Backward<T, N> b(s, dy, x, tail, gamma, beta, mean, rstd, scale, shift, places, head, groups, c);
       for (int place = s.from + s.row; place < s.to; place += BATCH * s.rows) {
         float v[BATCH][N], d[BATCH][N];
 #pragma unroll
@@ -309,13 +319,14 @@ __device__ __forceinline__ void backward(const float* x, const float* tail, cons
 #pragma unroll
         for (int u = 0; u < BATCH; ++u) {
           if (place + u * s.rows >= s.to) break;
+          if (WRITE && CENTRED) save<N>(mine, v[u]), save<N>(mine + step, d[u]), mine += 2 * step;
           b.activated(v[u], d[u], silu);
 #pragma unroll
           for (int i = 0; i < N; ++i) {
             sum1[i] += d[u][i];
             sum2[i] = fmaf(d[u][i], v[u][i], sum2[i]);
           }
-          if (WRITE) save<N>(mine, v[u]), save<N>(mine + step, d[u]), mine += 2 * step;
+          if (WRITE && !CENTRED) save<N>(mine, v[u]), save<N>(mine + step, d[u]), mine += 2 * step;
         }
       }
     }
@@ -347,6 +358,7 @@ __device__ __forceinline__ void backward(const float* x, const float* tail, cons
     if (!READ)
 #pragma unroll 4
       for (int part = 0; part < s.parts; ++part, of_part += 2 * (int64)channels) s1 += of_part[0], s2 += of_part[channels];
+    if (CENTRED) s2 *= rstd[(int64)s.sample * groups + c / s.group_size];
     float factor = scale ? 1.0f + scale[of_sample + c] : 1.0f;
     if (s.part == 0) {
       if (scale) {
@@ -368,17 +380,22 @@ __device__ __forceinline__ void backward(const float* x, const float* tail, cons
       s1 += s.table1[g * s.group_size + k], s2 += s.table2[g * s.group_size + k];
     s1 = warp_sum(s1), s2 = warp_sum(s2);
     float n = (float)places * s.group_size;
-    if (threadIdx.x % 32 == 0) s.group1[g] = __fdividef(s1, n), s.group2[g] = __fdividef(s2, n);
+    if (threadIdx.x % 32) continue;
+    s.group1[g] = __fdividef(s1, n), s.group2[g] = __fdividef(s2, n);
+    if (CENTRED) {
+      float factor = rstd[(int64)s.sample * groups + s.group() + g];
+      s.group1[g] *= factor, s.group2[g] *= factor * factor;
+    }
   }
   __syncthreads();
 
-  mine = s.stash + N * threadIdx.x;
+  mine = reinterpret_cast<T*>(s.stash) + N * threadIdx.x;
   for (int c = N * s.lane; c < s.width; c += N * lanes) {
-    Backward<N> b(s, dy, x, tail, gamma, beta, mean, rstd, scale, shift, places, head, groups, c);
+    Backward<T, N> b(s, dy, x, tail, gamma, beta, mean, rstd, scale, shift, places, head, groups, c);
     float mean1[N], mean2[N];
     of_groups<N>(mean1, mean2, s.group1, s.group2, c, s.group_size);
     int stride;
-    float* to = column_of(dx, dtail, head, channels, (int64)s.sample * places, s.first + c, stride);
+    T* to = column_of(dx, dtail, head, channels, (int64)s.sample * places, s.first + c, stride);
     for (int place = s.from + s.row; place < s.to; place += BATCH * s.rows) {
       float v[BATCH][N], d[BATCH][N];
 #pragma unroll
@@ -394,9 +411,12 @@ __device__ __forceinline__ void backward(const float* x, const float* tail, cons
 #pragma unroll
       for (int u = 0; u < BATCH; ++u) {
         if (place + u * s.rows >= s.to) break;
-        if (!READ) b.activated(v[u], d[u], silu);
+        if (!READ || CENTRED) b.activated(v[u], d[u], silu);
 #pragma unroll
-        for (int i = 0; i < N; ++i) d[u][i] = b.rstd[i] * (fmaf(d[u][i], b.slope[i], -mean1[i]) - v[u][i] * mean2[i]);
+        for (int i = 0; i < N; ++i) {
+          d[u][i] = fmaf(d[u][i], b.slope[i], -mean1[i]) - v[u][i] * mean2[i];
+          if (!CENTRED) d[u][i] *= b.rstd[i];
+        }
         save<N>(to + (int64)(place + u * s.rows) * stride, d[u]);
       }
     }
@@ -417,31 +437,31 @@ extern "C" __global__ void __launch_bounds__(512) norm_sum(const float* __restri
   out[c] = total;
 }
 
-#define FORWARD(NAME, N, READ, WRITE)                                                                                                     \
-  extern "C" __global__ void __launch_bounds__(512, READ ? 2 : 1)                                                                         \
-      NAME(const float* x, const float* tail, const float* scale, const float* shift, float* y, float* mean, float* rstd, float* partial, \
-           const float* gamma, const float* beta, int places, int head, int channels, int groups, int span, int lanes, int stash,         \
-           float eps, int silu) {                                                                                                         \
-    forward<N, READ, WRITE>(x, tail, scale, shift, y, mean, rstd, partial, gamma, beta, places, head, channels, groups, span, lanes,      \
-                            stash, eps, silu);                                                                                            \
+#define FORWARD(NAME, T, N, READ, WRITE)                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(512, READ ? 2 : 1)                                                                        \
+      NAME(const T* x, const T* tail, const float* scale, const float* shift, T* y, float* mean, float* rstd, float* partial,            \
+           const float* gamma, const float* beta, int places, int head, int channels, int groups, int span, int lanes, int stash,        \
+           float eps, int silu) {                                                                                                        \
+    forward<T, N, READ, WRITE>(x, tail, scale, shift, y, mean, rstd, partial, gamma, beta, places, head, channels, groups, span, lanes,  \
+                               stash, eps, silu);                                                                                        \
   }
-#define BACKWARD(NAME, N, READ, WRITE)                                                                                                   \
+#define BACKWARD(NAME, T, N, READ, WRITE)                                                                                                \
   extern "C" __global__ void __launch_bounds__(512, READ && N == 4 ? 2 : 1)                                                              \
-      NAME(const float* x, const float* tail, const float* dy, const float* mean, const float* rstd, const float* scale,                 \
-           const float* shift, float* dx, float* dtail, float* shares, float* dscale, float* dshift, float* partial, const float* gamma, \
-           const float* beta, int places, int head, int channels, int groups, int span, int lanes, int stash, int silu) {                \
-    backward<N, READ, WRITE>(x, tail, dy, mean, rstd, scale, shift, dx, dtail, shares, dscale, dshift, partial, gamma, beta, places,     \
-                             head, channels, groups, span, lanes, stash, silu);                                                          \
+      NAME(const T* x, const T* tail, const T* dy, const float* mean, const float* rstd, const float* scale, const float* shift, T* dx,  \
+           T* dtail, float* shares, float* dscale, float* dshift, float* partial, const float* gamma, const float* beta, int places,     \
+           int head, int channels, int groups, int span, int lanes, int stash, int silu) {                                               \
+    backward<T, N, READ, WRITE>(x, tail, dy, mean, rstd, scale, shift, dx, dtail, shares, dscale, dshift, partial, gamma, beta, places,  \
+                                head, channels, groups, span, lanes, stash, silu);                                                       \
   }
-FORWARD(norm_forward_wide, 4, true, true)
-FORWARD(norm_forward_any, 1, true, true)
-FORWARD(norm_moments_wide, 4, true, false)
-FORWARD(norm_moments_any, 1, true, false)
-FORWARD(norm_apply_wide, 4, false, true)
-FORWARD(norm_apply_any, 1, false, true)
-BACKWARD(norm_backward_wide, 4, true, true)
-BACKWARD(norm_backward_any, 1, true, true)
-BACKWARD(norm_sums_wide, 4, true, false)
-BACKWARD(norm_sums_any, 1, true, false)
-BACKWARD(norm_gradient_wide, 4, false, true)
-BACKWARD(norm_gradient_any, 1, false, true)
+#define NORM(SUFFIX, T, N)                                \
+  FORWARD(norm_forward_##SUFFIX, T, N, true, true)        \
+  FORWARD(norm_moments_##SUFFIX, T, N, true, false)       \
+  FORWARD(norm_apply_##SUFFIX, T, N, false, true)         \
+  BACKWARD(norm_backward_##SUFFIX, T, N, true, true)      \
+  BACKWARD(norm_sums_##SUFFIX, T, N, true, false)         \
+  BACKWARD(norm_gradient_##SUFFIX, T, N, false, true)
+
+NORM(wide, float, 4)
+NORM(any, float, 1)
+NORM(wide_bf16, bf16, 4)
+NORM(any_bf16, bf16, 1)

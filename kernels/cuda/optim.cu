@@ -62,6 +62,7 @@ struct Adam {
   const float* grad;
   float factor, beta1, rest1, beta2, rest2, eps;
   float keep, rate, bias2, decay, rest;  // 1 - lr weight_decay, lr / (1 - beta1^step), 1 - beta2^step, decay, 1 - decay
+  bf16* low;                             // the new weights rounded, or null
 
   template <int N> __device__ __forceinline__ void run(int64 i) {
     float ps[N], gs[N], ms[N], vs[N], es[N];
@@ -82,6 +83,7 @@ struct Adam {
     save<N>(m + i, ms);
     save<N>(v + i, vs);
     save<N>(ema + i, es);
+    if (low) save<N>(low + i, ps);
   }
 };
 
@@ -108,8 +110,9 @@ __device__ __forceinline__ bool take_row(Adam& body, const float* rows, int last
       name(float* __restrict__ param, const float* __restrict__ grad, float* __restrict__ m, float* __restrict__ v,             \
            float* __restrict__ ema, const double* __restrict__ norm_sq, float max_norm, int64 n, float beta1, float rest1,      \
            float beta2, float rest2, float eps, float keep, float rate, float bias2, float decay, float rest,                   \
-           const float* __restrict__ rows, int last, const int* __restrict__ counter) {                                         \
-    Adam body{param, m, v, ema, grad, clip_factor(norm_sq, max_norm), beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest}; \
+           const float* __restrict__ rows, int last, const int* __restrict__ counter, bf16* __restrict__ low) {                 \
+    float factor = clip_factor(norm_sq, max_norm);                                                                              \
+    Adam body{param, m, v, ema, grad, factor, beta1, rest1, beta2, rest2, eps, keep, rate, bias2, decay, rest, low};            \
     if (take_row(body, rows, last, counter, norm_sq)) for_each<N>(n, body);                                                     \
   }
 

@@ -3,8 +3,9 @@
 //   x' = a x + b x0 + e m + h1 y1 + h2 y2 + h3 y3 + g guidance + c z
 //   y  = u x + w x0 + r m          (to `store`)
 // rows[row] = p q a b e h1 h2 h3 g c u w r, and z is made with the step `step` of the generator; where a counter is given, its value is added
-// to both, so that a captured graph walks the table by itself. A pointer that is null leaves its term out, infinite limits the
-// clipping. Every array may be one of the others.
+// to both, so that a captured graph walks the table by itself, up to its row `last`. Where `words` are given they stand for the seed's
+// two words and for first_sample. A pointer that is null leaves its term out, infinite limits the clipping. Every array may be one
+// of the others.
 #include "common.cuh"
 #include "random.cuh"
 
@@ -30,11 +31,13 @@ template <bool WIDE> __device__ __forceinline__ void add_term(float (&y)[4], flo
 }
 
 template <Noise NOISE, bool WIDE>
-__device__ __forceinline__ void advance(const float* x, const float* m, const float* rows, int row, unsigned step, const int* counter,
-                                        const float* y1, const float* y2, const float* y3, const float* guidance, const float* noise, float low,
-                                        float high, float* out, float* store, int items, int lanes, int size,
-                                        unsigned seed_low, unsigned seed_high, unsigned stream, unsigned first_sample) {
-  if (counter) row += *counter, step += *counter;
+__device__ __forceinline__ void advance(const float* x, const float* m, const float* rows, int row, int last, unsigned step,
+                                        const int* counter, const unsigned* words, const float* y1, const float* y2, const float* y3,
+                                        const float* guidance, const float* noise, float low, float high, float* out, float* store,
+                                        int items, int lanes, int size, unsigned seed_low, unsigned seed_high, unsigned stream,
+                                        unsigned first_sample) {
+  if (counter) row = min(row + *counter, last), step += *counter;
+  if (NOISE == MADE && words) seed_low = words[0], seed_high = words[1], first_sample = words[2];
   const float* k = rows + 13 * row;
   float p = k[0], q = k[1], a = k[2], b = k[3], e = k[4], h1 = k[5], h2 = k[6], h3 = k[7], g = k[8], c = k[9];
   float u = k[10], w = k[11], r = k[12];
@@ -71,13 +74,14 @@ __device__ __forceinline__ void advance(const float* x, const float* m, const fl
   }
 }
 
-#define STEP(name, NOISE, WIDE)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256)                                                                                     \
-      name(const float* x, const float* m, const float* rows, int row, unsigned step, const int* counter, const float* y1, const float* y2, \
-           const float* y3, const float* guidance, const float* noise, float low, float high, float* out, float* store,     \
-           int items, int lanes, int size, unsigned seed_low, unsigned seed_high, unsigned stream, unsigned first_sample) {           \
-    advance<NOISE, WIDE>(x, m, rows, row, step, counter, y1, y2, y3, guidance, noise, low, high, out, store, items, lanes, size, seed_low, \
-                         seed_high, stream, first_sample);                                                                            \
+#define STEP(name, NOISE, WIDE)                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                 \
+      name(const float* x, const float* m, const float* rows, int row, int last, unsigned step, const int* counter,                 \
+           const unsigned* words, const float* y1, const float* y2, const float* y3, const float* guidance, const float* noise,     \
+           float low, float high, float* out, float* store, int items, int lanes, int size, unsigned seed_low, unsigned seed_high,  \
+           unsigned stream, unsigned first_sample) {                                                                                \
+    advance<NOISE, WIDE>(x, m, rows, row, last, step, counter, words, y1, y2, y3, guidance, noise, low, high, out, store, items,    \
+                         lanes, size, seed_low, seed_high, stream, first_sample);                                                   \
   }
 
 STEP(step_none_wide, NONE, true)

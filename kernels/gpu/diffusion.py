@@ -8,12 +8,12 @@ import numpy as np
 from ..buffers import empty
 from ..reference import BLOCK, RUN
 from ..streams import FORWARD, SAMPLER
-from .launch import THREADS, aligned, blocks, counter, current, draw, i32, table, u32
+from .launch import THREADS, aligned, blocks, counter, current, draw, i32, table, u32, words
 
 Array = Any
 
 
-def _walk(samples: int, size: int, *arrays: Array | None) -> tuple[tuple[int], tuple, str] | None:
+def in_fours(samples: int, size: int, *arrays: Array | None) -> tuple[tuple[int], tuple, str] | None:
     """(grid, (items, lanes, size), suffix of the kernel) of a walk over (samples, size) in fours; None where nothing is to do."""
     if samples * size == 0:
         return None
@@ -23,11 +23,11 @@ def _walk(samples: int, size: int, *arrays: Array | None) -> tuple[tuple[int], t
 
 
 def normals(out: Array, seed: int, step: int = 0, stream: int = SAMPLER, first_sample: int = 0) -> Array:
-    walk = _walk(out.shape[0], prod(out.shape[1:]), out)
+    walk = in_fours(out.shape[0], prod(out.shape[1:]), out)
     if walk:
         grid, sizes, suffix = walk
-        words = draw(seed, step, stream, first_sample)
-        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *words, counter()))
+        drawn = draw(seed, step, stream, first_sample)
+        current().launch("random", f"normals_{suffix}", grid, (THREADS,), (out, *sizes, *drawn, counter()))
     return out
 
 
@@ -49,7 +49,7 @@ def q_sample(
     out = empty(x0.shape, x0.dtype, device.xp) if out is None else out
     if made and eps_out is None:
         eps_out = empty(x0.shape, x0.dtype, device.xp)
-    walk = _walk(x0.shape[0], prod(x0.shape[1:]), x0, eps, out, eps_out)
+    walk = in_fours(x0.shape[0], prod(x0.shape[1:]), x0, eps, out, eps_out)
     if walk:
         grid, sizes, suffix = walk
         levels = (
@@ -58,9 +58,9 @@ def q_sample(
             table(device, noise),
             i32(len(signal)),
         )
-        words = draw(seed, step, stream, first_sample)
+        drawn = draw(seed, step, stream, first_sample)
         name = f"q_sample_{'made' if made else 'given'}_{suffix}"
-        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *words, counter()))
+        device.launch("forward", name, grid, (THREADS,), (x0, *levels, eps, out, eps_out, *sizes, *drawn, counter()))
     return out, eps if eps_out is None else eps_out
 
 
@@ -85,16 +85,16 @@ def step(
     past = (*history, None, None, None)[:3]
     # only noise that is made here needs to know where a sample begins
     samples = x.shape[0] if made or x.size >= 2**31 else 1
-    walk = _walk(samples, x.size // max(samples, 1), x, m, *past, guidance, given, out, store)
+    walk = in_fours(samples, x.size // max(samples, 1), x, m, *past, guidance, given, out, store)
     if walk:
         grid, sizes, suffix = walk
         low, high = clip or (-np.inf, np.inf)
         moved = counter()
         whole = moved is not None or not isinstance(rows, np.ndarray) or not rows.flags.writeable
         coefficients, row = (table(device, rows), i) if whole else (table(device, rows[i : i + 1]), 0)
-        words = (u32(seed), u32(seed >> 32), u32(stream), u32(first_sample))
+        ends = (u32(seed), u32(seed >> 32), u32(stream), u32(first_sample))
         name = f"step_{'made' if made else 'none' if noise is None else 'given'}_{suffix}"
-        args = (x, m, coefficients, np.int32(row), u32(i), moved, *past, guidance, given)
-        args = (*args, np.float32(low), np.float32(high), out, store, *sizes, *words)
+        args = (x, m, coefficients, np.int32(row), i32(len(coefficients) - 1), u32(i), moved, words(), *past, guidance, given)
+        args = (*args, np.float32(low), np.float32(high), out, store, *sizes, *ends)
         device.launch("step", name, grid, (THREADS,), args)
     return out

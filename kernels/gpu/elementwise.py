@@ -1,6 +1,6 @@
 """Launchers of the sums and copies between the kernels: what :mod:`..elementwise` does, for contiguous float32 arrays on a GPU.
 
-Nothing is checked but that sizes fit the kernels.
+Where that is said arrays may be bfloat16 as well. Nothing is checked but that sizes fit the kernels.
 """
 
 from math import prod
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bf16 import BF16, pack
 from ..buffers import empty
 from .launch import THREADS, aligned, blocks, current, i32, table
 
@@ -19,8 +20,27 @@ LEAST = 4  # and so many at least, before the places are cut
 
 
 def _width(*sizes: int, arrays: tuple[Array, ...]) -> tuple[str, int]:
-    """(suffix of the kernel, floats of one access) where all runs of channels have these sizes and starts."""
-    return ("wide", 4) if all(n % 4 == 0 for n in sizes) and aligned(*arrays) else ("any", 1)
+    """(suffix of the kernel, elements of one access) where all runs of channels have these sizes and starts."""
+    low = "_bf16" if arrays[0].dtype == BF16 else ""
+    if all(n % 4 == 0 for n in sizes) and all(aligned(a, bytes_=4 * a.dtype.itemsize) for a in arrays):
+        return f"wide{low}", 4
+    return f"any{low}", 1
+
+
+def _flat(*arrays: Array) -> tuple[str, int]:
+    """As :func:`_width` for the kernels whose accesses are of 16 bytes in any type, and which take any number of elements."""
+    low, floats = ("_bf16", 8) if arrays[0].dtype == BF16 else ("", 4)
+    return (f"wide{low}", floats) if aligned(*arrays) else (f"any{low}", 1)
+
+
+def _pairs(*sizes: int, arrays: tuple[Array, ...]) -> int:
+    """2 where a copy of these bfloat16 arrays is one of half as many floats, the bits of two in each; else 1."""
+    fits = arrays[0].dtype == BF16 and all(n % 2 == 0 for n in sizes) and aligned(*arrays, bytes_=4)
+    return 2 if fits else 1
+
+
+def _as(pairs: int, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(a.view(np.float32) for a in arrays) if pairs == 2 else arrays
 
 
 def _launch(name: str, width: tuple[str, int], size: int, args: tuple) -> None:
@@ -31,13 +51,32 @@ def _launch(name: str, width: tuple[str, int], size: int, args: tuple) -> None:
 
 
 def fill(out: Array, value: float) -> None:
-    """out = value."""
-    _launch("fill", _width(arrays=(out,)), out.size, (out, np.float32(value), np.int64(out.size)))
+    """out = value, float32 or bfloat16."""
+    number = np.full(1, value, np.float32)
+    if _pairs(out.size, arrays=(out,)) == 2:
+        out, number = out.reshape(-1).view(np.float32), pack(number).repeat(2).view(np.float32)
+    width = ("any_bf16", 1) if out.dtype == BF16 else _width(arrays=(out,))
+    _launch("fill", width, out.size, (out, number[0], np.int64(out.size)))
 
 
 def add(a: Array, b: Array, out: Array) -> Array:
-    """out = a + b; ``out`` may be either."""
-    _launch("add", _width(arrays=(a, b, out)), out.size, (a, b, out, np.int64(out.size)))
+    """out = a + b, float32 or bfloat16; ``out`` may be either."""
+    _launch("add", _flat(a, b, out), out.size, (a, b, out, np.int64(out.size)))
+    return out
+
+
+def weighted_sum(a: float, x: Array, b: float, y: Array, out: Array) -> Array:
+    """out = a x + b y, each product rounded; ``out`` may be x or y."""
+    args = (x, y, out, np.float32(a), np.float32(b), np.int64(out.size))
+    _launch("weighted_sum", _flat(x, y, out), out.size, args)
+    return out
+
+
+def cast(x: Array, out: Array) -> Array:
+    """out = x, one of them float32 and the other bfloat16."""
+    wide = all(aligned(a, bytes_=4 * a.dtype.itemsize) for a in (x, out))
+    name = "to_bf16" if out.dtype == BF16 else "to_float"
+    _launch(name, ("wide", 4) if wide else ("any", 1), out.size, (x, out, np.int64(out.size)))
     return out
 
 
@@ -49,19 +88,22 @@ def add_columns(x: Array, at: int, out: Array) -> None:
 
 
 def concat(a: Array, b: Array) -> Array:
-    """[a, b] along the last axis."""
+    """[a, b] along the last axis, float32 or bfloat16."""
     n, m = a.shape[-1], b.shape[-1]
     out = empty((*a.shape[:-1], n + m), a.dtype, current().xp)
-    _launch("concat", _width(n, m, arrays=(a, b, out)), out.size, (a, b, out, i32(n), i32(m), i32(out.size)))
+    of = _pairs(n, m, arrays=(a, b, out))
+    n, m, size, arrays = n // of, m // of, out.size // of, _as(of, a, b, out)
+    _launch("concat", _width(n, m, arrays=arrays), size, (*arrays, i32(n), i32(m), i32(size)))
     return out
 
 
 def channels(x: Array, at: int, count: int) -> Array:
-    """A copy of x[..., at..at+count]."""
+    """A copy of x[..., at..at+count], float32 or bfloat16."""
     width = x.shape[-1]
     out = empty((*x.shape[:-1], count), x.dtype, current().xp)
-    args = (x, out, i32(at), i32(width), i32(count), i32(out.size))
-    _launch("channels", _width(at, count, width, arrays=(x, out)), out.size, args)
+    of = _pairs(at, count, width, arrays=(x, out))
+    sizes, size, arrays = [n // of for n in (at, width, count)], out.size // of, _as(of, x, out)
+    _launch("channels", _width(*sizes, arrays=arrays), size, (*arrays, *map(i32, sizes), i32(size)))
     return out
 
 
@@ -74,20 +116,23 @@ def add_channels(x: Array, emb: Array, at: int, out: Array) -> Array:
 
 
 def sum_places(x: Array) -> Array:
-    """Σ over all axes but the first and the last: threads, then the threads of a block in halves, then slices in order."""
+    """Σ over all axes but the first and the last: threads, then the threads of a block in halves, then slices in order.
+
+    x float32 or bfloat16; the sum is float32.
+    """
     device = current()
     batch, places, count = x.shape[0], prod(x.shape[1:-1]), x.shape[-1]
-    out = empty((batch, count), x.dtype, device.xp)
+    out = empty((batch, count), np.float32, device.xp)
     if out.size == 0 or places == 0:
         fill(out, 0)
         return out
-    suffix, floats = _width(count, arrays=(x, out))
-    lanes = min(32, 1 << (-(-count // floats) - 1).bit_length())
-    tiles, lines = -(-count // (floats * lanes)), THREADS // lanes
+    suffix, width = _width(count, arrays=(x, out))
+    lanes = min(32, 1 << (-(-count // width) - 1).bit_length())
+    tiles, lines = -(-count // (width * lanes)), THREADS // lanes
     wanted = max(-(-ENOUGH_BLOCKS // (batch * tiles)), -(-places // (LONGEST * lines)))
     of_slice = -(-places // max(1, min(wanted, places // (LEAST * lines))))
     slices = -(-places // of_slice)
-    parts = out if slices == 1 else empty((batch, slices, count), x.dtype, device.xp)
+    parts = out if slices == 1 else empty((batch, slices, count), np.float32, device.xp)
     i32(x.size)
     sizes = (i32(places), i32(count), i32(lanes), i32(tiles), i32(slices), i32(of_slice))
     device.launch("elementwise", f"sum_places_{suffix}", (tiles * slices * batch,), (THREADS,), (x, parts, *sizes))
@@ -135,15 +180,17 @@ def time_features(t: Array, origin: float, omega: np.ndarray, cos_first: bool) -
 
 
 def upsample(x: Array) -> Array:
-    """Nearest-neighbour doubling: (B, H, W, C) to (B, 2H, 2W, C)."""
+    """Nearest-neighbour doubling: (B, H, W, C) to (B, 2H, 2W, C), float32 or bfloat16."""
     batch, height, width, count = x.shape
     out = empty((batch, 2 * height, 2 * width, count), x.dtype, current().xp)
-    _launch("upsample", _width(count, arrays=(x, out)), x.size, (x, out, i32(width * count), i32(count), i32(x.size)))
+    of = _pairs(count, arrays=(x, out))
+    count, size, arrays = count // of, x.size // of, _as(of, x, out)
+    _launch("upsample", _width(count, arrays=arrays), size, (*arrays, i32(width * count), i32(count), i32(size)))
     return out
 
 
 def upsample_backward(dy: Array) -> Array:
-    """Its transpose: (B, 2H, 2W, C) to (B, H, W, C), the sum over 2 × 2 places."""
+    """Its transpose: (B, 2H, 2W, C) to (B, H, W, C), the sum over 2 × 2 places; float32 or bfloat16."""
     batch, height, width, count = dy.shape
     out = empty((batch, height // 2, width // 2, count), dy.dtype, current().xp)
     args = (dy, out, i32(width // 2 * count), i32(count), i32(out.size))

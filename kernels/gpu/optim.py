@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..buffers import empty
+from ..reference.stepping import adamw_row
 from .launch import THREADS, aligned, blocks, current, i32
 
 Array = Any
@@ -46,14 +47,6 @@ def adamw_ema(
     _adamw((param, grad, m, v, ema), norm_sq, max_norm, beta1, beta2, eps, (*row, None, np.int32(0), None))
 
 
-def adamw_row(lr: float, beta1: float, beta2: float, weight_decay: float, step: int, ema_decay: float) -> np.ndarray:
-    """What of :func:`adamw_ema` changes from step to step: 1 − lr·weight_decay, lr/(1 − β1^step), 1 − β2^step, decay, 1 − decay.
-
-    Every difference from 1 is taken in double precision, before the rounding to float32.
-    """
-    return np.array([1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta2**step, ema_decay, 1 - ema_decay], np.float32)
-
-
 def adamw_ema_by_table(
     param: Array,
     grad: Array,
@@ -67,26 +60,34 @@ def adamw_ema_by_table(
     eps: float,
     norm_sq: Array,
     max_norm: float = float("inf"),
+    low: Array | None = None,
 ) -> None:
     """:func:`adamw_ema` for a captured graph: row ``counter[0]`` of a table instead of the numbers that change.
 
     rows (steps, 5) float32 on the device, row k from :func:`adamw_row` with step k + 1; past its end the last row is used.
     counter: int32, the steps made so far. Where ``norm_sq`` (1,) float64 is not finite nothing changes, nor does :func:`count`
-    count the step.
+    count the step. ``low`` (n,) bfloat16, if given, becomes the new weights rounded.
     """
     changing = (*np.zeros(5, np.float32), rows, i32(len(rows) - 1), counter)
-    _adamw((param, grad, m, v, ema), norm_sq, max_norm, beta1, beta2, eps, changing)
+    _adamw((param, grad, m, v, ema), norm_sq, max_norm, beta1, beta2, eps, changing, low)
 
 
 def _adamw(
-    flats: tuple[Array, ...], norm_sq: Array | None, max_norm: float, beta1: float, beta2: float, eps: float, changing: tuple
+    flats: tuple[Array, ...],
+    norm_sq: Array | None,
+    max_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    changing: tuple,
+    low: Array | None = None,
 ) -> None:
     size = flats[0].size
     if size == 0:
         return
-    suffix, width = ("wide", 4) if aligned(*flats) else ("any", 1)
+    suffix, width = ("wide", 4) if aligned(*flats) and aligned(low, bytes_=8) else ("any", 1)
     fixed = map(np.float32, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
-    args = (*flats, norm_sq, np.float32(max_norm if norm_sq is not None else 1.0), np.int64(size), *fixed, *changing)
+    args = (*flats, norm_sq, np.float32(max_norm if norm_sq is not None else 1.0), np.int64(size), *fixed, *changing, low)
     current().launch("optim", f"adamw_{suffix}", blocks(-(-size // width), MOST_BLOCKS), (THREADS,), args)
 
 

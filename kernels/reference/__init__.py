@@ -3,6 +3,10 @@
 The formula stands above the lines that compute it. The faster backends (``cpu``, ``gpu``) carry the same names and the same
 argument order; ``tests/test_kernels.py`` holds them to these definitions. Layout: activations NHWC, weights HWIO, tokens
 (B, T, heads, d).
+
+On a GPU convolutions, group norms and attention take bfloat16 besides (the bits, :mod:`alphabar.kernels.bf16`): images, tokens,
+their gradients and a convolution's weights. Biases, shifts, the parameters and statistics of norms, lse and the gradients of
+weights are then float32, and a convolution's result is where ``out`` is.
 """
 
 from .attend import attention, attention_backward

@@ -16,11 +16,13 @@ from unittest import mock
 import numpy as np
 
 from alphabar.kernels import TABLE, accuracy, gpu
+from alphabar.kernels.bf16 import BF16
 from alphabar.kernels.compile import FOLDER
 from tests import cuda_cases
 
 from .launching import Host
 
+NAN = 0x7FC0  # a bfloat16
 TESTS = ("tests.test_cuda_host", "tests.test_cuda_norm", "tests.test_cuda_elementwise")
 
 
@@ -48,7 +50,8 @@ class Project:
 
 
 def unwritten(shape: tuple[int, ...], dtype: Any, xp: Any) -> np.ndarray:
-    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)
+    dtype = np.dtype(dtype)
+    return np.full(shape, NAN if dtype == BF16 else np.nan if dtype.kind == "f" else -7, dtype)
 
 
 @contextmanager
@@ -72,11 +75,12 @@ def launcher(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def shifted(a: np.ndarray) -> np.ndarray:
-    """A copy that begins 4 bytes past a multiple of 16."""
-    if a.dtype != np.float32:
+    """A copy that begins one element past a multiple of 16 bytes."""
+    if a.dtype not in (np.float32, BF16):
         return a
-    buffer = np.empty(a.size + 8, np.float32)
-    start = (-buffer.ctypes.data // 4) % 4 + 1
+    in_16 = 16 // a.itemsize
+    buffer = np.empty(a.size + 2 * in_16, a.dtype)
+    start = (-buffer.ctypes.data // a.itemsize) % in_16 + 1
     copy = buffer[start : start + a.size].reshape(a.shape)
     copy[...] = a
     return copy
