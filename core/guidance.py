@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import counter, streams
-from ..kernels.arrays import array_module, native, restore, to_numpy
+from ..kernels import counter, dispatch, elementwise, streams
+from ..kernels.arrays import array_module, is_cupy, native, restore, to_numpy
 from .convert import coefficients, score_from_eps
 from .exchange import Array, check_schedule, exchanged, flat, level_columns, lift
 from .levels import Levels
@@ -75,40 +75,75 @@ def classifier_free(
     _check_interval(interval, s)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be in [0, 1], not {rescale}")
+    conditions = _Conditions(y, null)
 
     def model(x: Array, t: Array) -> Array:
         inside = _inside(interval, s, t)
         if w == 0 or not inside.any():
-            return predict(x, t, _conditions(x, y, null)[0])
+            return predict(x, t, conditions(x)[0])
         if w == -1 and not rescale and inside.all():
-            return predict(x, t, _conditions(x, y, null)[1])
-        both, cond, uncond = _branches(predict, x, t, y, null)
-        weight = w if inside.all() else lift(np.where(np.broadcast_to(inside, len(cond)), w, 0.0), cond)
-        out = classifier_free_eps(cond, uncond, weight)
+            return predict(x, t, conditions(x)[1])
+        both, cond, uncond = _branches(predict, x, t, conditions)
+        if inside.all() and is_cupy(cond):
+            out = elementwise.weighted_sum(1 + w, cond, -w, uncond)
+        else:
+            weight = w if inside.all() else lift(np.where(np.broadcast_to(inside, len(cond)), w, 0.0), cond)
+            out = classifier_free_eps(cond, uncond, weight)
         return restore(rescale_guidance(out, cond, rescale) if rescale else out, both)
 
     return model
 
 
-def _conditions(x: Array, y: Any, null: Any) -> tuple[Array, Array]:
-    """(y, null) as arrays (B, …) of the kind of x."""
-    xn = native(x)
-    xp, batch = array_module(xn), xn.shape[0]
-    cond = xp.asarray(native(y))
-    cond = xp.full(batch, int(cond), np.int64) if cond.ndim == 0 else cond
-    if cond.shape[0] != batch:
-        raise ValueError(f"y must be one condition or {batch} of them (the batch), not shape {cond.shape}")
-    uncond = xp.empty_like(cond)
-    uncond[...] = xp.asarray(native(null))
-    return restore(cond, x), restore(uncond, x)
+class _Conditions:
+    """(y, null) as arrays (B, …) of the kind of x. What is not on a GPU is sent there once, so that a graph may hold the rest."""
+
+    def __init__(self, y: Any, null: Any) -> None:
+        self._y, self._null = y, null
+        self._sent: dict[tuple, Array] = {}  # by name, shape and dtype
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        xn = native(x)
+        xp, batch = array_module(xn), xn.shape[0]
+        y = native(self._y)
+        cond = y if is_cupy(y) else self._kept(("y", batch), xp, lambda: xp.asarray(y))
+        if cond.ndim == 0:
+            cond = self._kept(("one y", batch), xp, lambda: xp.full(batch, int(cond), np.int64))
+        if cond.shape[0] != batch:
+            raise ValueError(f"y must be one condition or {batch} of them (the batch), not shape {cond.shape}")
+
+        def nulls() -> Array:
+            uncond = xp.empty_like(cond)
+            uncond[...] = xp.asarray(native(self._null))
+            return uncond
+
+        uncond = nulls() if is_cupy(self._null) else self._kept(("null", cond.shape, cond.dtype), xp, nulls)
+        return restore(cond, x), restore(uncond, x)
+
+    def _kept(self, key: tuple, xp: Any, make: Callable[[], Array]) -> Array:
+        if xp is np:
+            return make()
+        if key not in self._sent:
+            self._sent[key] = make()
+        return self._sent[key]
 
 
-def _branches(predict: Predict, x: Array, t: Array, y: Any, null: Any) -> tuple[Array, Array, Array]:
+def _stacked(a: Array, b: Array) -> Array:
+    """[a, b] along the first axis; on a GPU by a kernel, which a graph can hold."""
+    xp = array_module(a)
+    plain = xp is np or a.dtype != b.dtype or a.dtype.itemsize % 4 or dispatch.chosen() != "auto"
+    if plain or not (a.flags.c_contiguous and b.flags.c_contiguous):
+        return xp.concatenate((a, b))
+    from ..kernels.gpu import sampling
+
+    return sampling.stack(a, b)
+
+
+def _branches(predict: Predict, x: Array, t: Array, conditions: _Conditions) -> tuple[Array, Array, Array]:
     """(the answer to the doubled batch, its conditional half, its unconditional half); the halves are native arrays."""
     xn, tn = native(x), native(t)
-    xp, batch = array_module(xn), xn.shape[0]
-    conditions = tuple(map(native, _conditions(x, y, null)))
-    both = predict(*(restore(xp.concatenate(pair), x) for pair in ((xn, xn), (tn, tn), conditions)))
+    batch = xn.shape[0]
+    pairs = ((xn, xn), (tn, tn), tuple(map(native, conditions(x))))
+    both = predict(*(restore(_stacked(*pair), x) for pair in pairs))
     out = native(both)
     if np.shape(out)[:1] != (2 * batch,):
         raise ValueError(f"predict must return {2 * batch} samples for the doubled batch, not shape {np.shape(out)}")
@@ -182,8 +217,10 @@ def implicit_classifier(predict: Predict, y: Any, null: Any, s: Levels, predicti
     weight w + 1 is classifier-free guidance with weight w.
     """
 
+    conditions = _Conditions(y, null)
+
     def gradient(x: Array, t: Array) -> Array:
-        both, cond, uncond = _branches(predict, x, t, y, null)
+        both, cond, uncond = _branches(predict, x, t, conditions)
         return restore((cond - uncond) / _on_output(prediction, s, t, cond), both)
 
     return gradient

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ..kernels.arrays import array_module, is_native, native, restore
 from .convert import coefficients, combined
 from .exchange import Array, float_array
 from .table import Table
+
+if TYPE_CHECKING:
+    from .captured import Captured
 
 Model = Callable[[Array, Array], Array]
 
@@ -51,6 +54,7 @@ def sample(
     before: Callable[[Array, int], Array] | None = None,
     threshold: float | tuple[float, float] | None = None,
     x0: Callable[[Array, Array], Array] | None = None,
+    captured: "bool | Captured" = False,
 ) -> Array:
     """Run ``table`` from x_T, at most one model(x, t) and one kernel a row.
 
@@ -71,12 +75,27 @@ def sample(
         three more passes over the state a row.
     x0: x0(prediction, t) returns the predicted x0 to go on with, for instance the nearest embedding; ε is re-derived from it. It
         comes after guidance and ``threshold``, and ahead of ``clip``.
+    captured: capture each kind of row as a CUDA graph, made plainly the first time and captured the second; the numbers are those
+        of the plain loop. A :class:`alphabar.core.captured.Captured` keeps the graphs for further batches. The model must then be
+        launches on CuPy's current stream alone, the same at every time, and read nothing back to the host; the times come as
+        float64. Where it cannot be captured the rows run plainly, as they do for arrays that are not float32 ones of CuPy.
+        It goes without noise, guidance, before, threshold and x0.
 
     Raises TypeError or ValueError for arguments, or an answer of the model, of the wrong shape or dtype.
     """
     if not isinstance(table, Table):
         raise TypeError(f"table must be a Table (tables.ddim(s) for one), not {type(table).__name__}")
     x = start_of(x_T)
+    if captured:
+        others = {"noise": noise, "guidance": guidance, "before": before, "threshold": threshold, "x0": x0}
+        refused = [name for name, value in others.items() if value is not None]
+        if refused:
+            raise ValueError(f"captured goes without {', '.join(refused)}")
+        from . import captured as graphs
+
+        if graphs.possible(x_T):
+            kept = captured if isinstance(captured, graphs.Captured) else graphs.Captured()
+            return kept.run(model, table, x, clip, rederive_eps, seed, first_sample, _states(table, x, trajectory), progress)
     xp = array_module(x)
     given = None if noise is None else _noise(native(noise), table, x)
     on_output = table.guidance_on_output()
@@ -94,9 +113,7 @@ def sample(
     last_read, keeps = table.last_read, bool(past.any())
     outputs: dict[int, Array] = {}  # of the rows that a later one reads
     spare: list[Array] = []
-    states = xp.empty((len(table) + 1, *x.shape), x.dtype) if trajectory else None
-    if states is not None:
-        states[0] = x
+    states = _states(table, x, trajectory)
     for i in range(len(table)):
         if before is not None:
             x[...] = answer_of(before(restore(x, x_T), i), x, "before")
@@ -128,6 +145,15 @@ def sample(
         if progress is not None:
             progress(i + 1, len(table))
     return restore(x if states is None else states, x_T)
+
+
+def _states(table: Table, x: Array, wanted: bool) -> Array | None:
+    """Room for the state after every row, the first one written."""
+    if not wanted:
+        return None
+    states = array_module(x).empty((len(table) + 1, *x.shape), x.dtype)
+    states[0] = x
+    return states
 
 
 def thresholded(x0: Array, quantile: float = 0.995, highest: float = np.inf) -> Array:

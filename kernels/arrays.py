@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .recording import refuse_in_capture
+
 _OURS = frozenset((np.ndarray, int, float, bool, str, tuple, type(None)))  # which need no further question
 FEW = 64  # integers that Python compares sooner than NumPy
 
@@ -73,4 +75,7 @@ def restore(a: Any, kind: Any) -> Any:
 def to_numpy(x: Any) -> np.ndarray:
     """``x`` on the host as a NumPy array."""
     x = native(x)
-    return x.get() if is_cupy(x) else np.asarray(x)
+    if not is_cupy(x):
+        return np.asarray(x)
+    refuse_in_capture("the host reads an array of the device")
+    return x.get()

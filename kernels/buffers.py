@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .device_memory import out_of_memory
+
 ALIGN = 64  # bytes
 SHAPES = 1 << 12  # whose blocks' size is remembered
 KEPT = 1 << 27  # bytes that are kept outside of any ``with pool:``
@@ -149,5 +151,13 @@ def for_weights(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], dtype: Any, xp: Any = np) -> Any:
-    """An uninitialised array; NumPy's from the active pool."""
-    return _active.get().empty(shape, dtype) if xp is np else xp.empty(shape, dtype)
+    """An uninitialised array; NumPy's from the active pool. OutOfDeviceMemory where a GPU has no room for it."""
+    if xp is np:
+        return _active.get().empty(shape, dtype)
+    try:
+        return xp.empty(shape, dtype)
+    except Exception as e:
+        found = out_of_memory(e)
+        if found is None:
+            raise
+        raise found from e

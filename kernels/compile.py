@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .compiling import compiling
+from .device_memory import out_of_memory
 
 FOLDER = Path(__file__).parent / "cuda"
 _INCLUDE = re.compile(r'^#include "([\w.]+)"[ \t]*$', re.MULTILINE)
@@ -64,8 +65,17 @@ class Cuda:
         return found
 
     def launch(self, file: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared: int = 0) -> None:
-        """Start a kernel. Scalars are of their parameter's NumPy type: a Python float would arrive as a double. None is null."""
+        """Start a kernel. Scalars are of their parameter's NumPy type: a Python float would arrive as a double. None is null.
+
+        OutOfDeviceMemory where it does not start for want of memory.
+        """
         kernel = self.kernel(file, name)
         if shared > 48 << 10 and kernel.max_dynamic_shared_size_bytes < shared:
             kernel.max_dynamic_shared_size_bytes = shared
-        kernel(grid, block, tuple(np.uintp(0) if a is None else a for a in args), shared_mem=shared)
+        try:
+            kernel(grid, block, tuple(np.uintp(0) if a is None else a for a in args), shared_mem=shared)
+        except Exception as e:
+            found = out_of_memory(e)
+            if found is None:
+                raise
+            raise found from e

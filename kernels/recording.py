@@ -1,4 +1,4 @@
-"""What is noted while calls of compiled functions are recorded, whatever library compiled them."""
+"""What is noted while calls of compiled functions are recorded, whatever library compiled them, or launches of a GPU captured."""
 
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -22,3 +22,16 @@ def refuse(why: str) -> None:
     recorder = active.get()
     if recorder is not None:
         recorder.refuse(why)
+
+
+capturing: ContextVar[bool] = ContextVar("capturing", default=False)  # whether launches are being captured as a CUDA graph
+
+
+class NotCapturable(RuntimeError):
+    """Something was asked for that a CUDA graph cannot hold."""
+
+
+def refuse_in_capture(what: str) -> None:
+    """NotCapturable where launches are being captured: ``what`` would be done once and not again with the graph."""
+    if capturing.get():
+        raise NotCapturable(f"{what} while a graph is captured")

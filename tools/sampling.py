@@ -1,15 +1,16 @@
 """Drawing images from a trained network: shared by the trainer's sheets and by the sampling program."""
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from alphabar.core import analytic, guidance, langevin, ode, predictor_corrector, samplers, tables, variance
-from alphabar.core.levels import Ladder, Levels
-from alphabar.core.sde import VESDE
+from alphabar.core.levels import Ladder, Levels, Schedule
+from alphabar.core.sde import VESDE, VPSDE
 from alphabar.kernels.arrays import array_module, native, to_numpy
 from alphabar.tools.config import CHURNED, ORDERS, SAMPLERS, Sample
 from alphabar.tools.methods import CLIP, Process, own_steps
@@ -229,6 +230,48 @@ def guided(process: Any, net: Network, chosen: Sampler, y: Array | None, how: Gu
     return mean.joined(model) if isinstance(mean, _Split) else model, options
 
 
+def capturable(process: Any, chosen: Sampler, how: Guide) -> bool:
+    """Whether the steps of a sampler are launches alone, always the same ones, so that a GPU can hold them as graphs.
+
+    That is a table of steps for a network that reads the state as it is and answers with nothing but its prediction, with
+    classifier-free guidance at all levels or none.
+    """
+    plain = isinstance(process, Process) and not process.learned and isinstance(process.levels, (Schedule, VPSDE))
+    return plain and chosen.table is not None and how.gradient is None and how.interval is None and not how.rescale
+
+
+class _Graphs:
+    """The model of batches of one size, its steps as graphs that all of them share: the labels change in place."""
+
+    def __init__(self, process: Any, net: Network, chosen: Sampler, how: Guide) -> None:
+        self.process, self.net, self.chosen, self.how = process, net, chosen, how
+        self.size = 0
+        self.labels: Array = None
+        self.told = False
+
+    def model(self, y: Array | None, size: int) -> tuple[Model, dict[str, Any]]:
+        """As :func:`guided`, for ``size`` samples."""
+        from alphabar.core.captured import Captured
+
+        if size == self.size:
+            if y is not None:
+                self.labels[...] = y
+        else:
+            self.size, self.labels, how = size, y, self.how
+            if y is None and self.net.config["classes"] is not None:  # the labels of no class, there before the capture
+                self.labels, how = self.net.params.xp.full(size, self.net.null), replace(how, weight=0.0)
+            self.made, options = guided(self.process, self.net, self.chosen, self.labels, how)
+            self.kept = Captured()
+            self.options = {**options, "captured": self.kept}
+        return self.made, dict(self.options)
+
+    def tell(self) -> None:
+        """Say once why steps could not be captured."""
+        if self.kept.refused is not None and not self.told:
+            print(f"alphabar: note: steps run one by one, not as graphs: {self.kept.refused}", file=sys.stderr)
+            self.told = True
+
+
 def draw(
     process: Any,
     net: Network,
@@ -248,13 +291,16 @@ def draw(
     guidance; ``how``, in its place, says more. progress(samples): called after each step with the size of the batch. known:
     (values, mask) of one sample, the part of it that is given, where the sampler can fill in the rest.
     Raises ValueError where a sample is not a number. (The steps of "flow" are chosen for a whole batch: there an image follows
-    from its batch within the tolerance.)
+    from its batch within the tolerance.) On a GPU steps are captured as graphs where they can be (:func:`capturable`); where that
+    fails one line says why, and they run plainly.
     """
     xp = net.params.xp
+    how = how or Guide(weight)
+    graphs = _Graphs(process, net, chosen, how) if xp is not np and known is None and capturable(process, chosen, how) else None
     for start in range(0, n, batch):
         size = min(batch, n - start)
         y = None if labels is None else xp.asarray(labels[start : start + size])
-        model, options = guided(process, net, chosen, y, how or Guide(weight))
+        model, options = guided(process, net, chosen, y, how) if graphs is None else graphs.model(y, size)
         if known is not None:
             options["known"] = tuple(xp.asarray(np.broadcast_to(part, (size, *part.shape))) for part in known)
         x = chosen.run(
@@ -266,6 +312,8 @@ def draw(
             **options,
         )
         yield to_numpy(process.decoded(net, x))
+        if graphs is not None:
+            graphs.tell()
 
 
 def _count(progress: Callable[[int], Any], images: int, done: int, rows: int) -> None:
