@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from . import dispatch, elementwise, recording
+from . import dispatch, elementwise, recording, stepping
 from .accuracy import arguments
 from .registry import TABLE, Case
 
 ELEMENTWISE = "elementwise"  # the name of what lies between the kernels of the registry
-NAMES = (*TABLE, ELEMENTWISE)
+STEPPING = "stepping"  # of what a training step in one piece has beside its network
+NAMES = (*TABLE, ELEMENTWISE, STEPPING)
 LARGE: dict[str, Case] = {name: {"shape": (2, 1 << 15)} for name in ("normals", "q_sample", "step")}  # not run like small ones
 FIRST = ("conv2d", "conv2d_backward_weight", "attention_backward", "attention")  # those that take longest
 LAST = ("conv2d_backward_input",)  # what it shares with conv2d should be there by then
@@ -31,6 +32,9 @@ def run(name: str) -> None:
     with dispatch.use("auto"), np.errstate(all="ignore"):
         if name == ELEMENTWISE:
             _elementwise()
+            return
+        if name == STEPPING:
+            _stepping()
             return
         call = dispatch.kernel(name)
         for case in (*TABLE[name].tests, *([LARGE[name]] if name in LARGE else [])):
@@ -72,6 +76,18 @@ def _all_elementwise() -> None:
         omega = np.ones(2, dtype)
         omega.flags.writeable = False  # as networks keep it
         elementwise.time_features(np.ones(2), 0.0, omega, False)
+
+
+def _stepping() -> None:
+    counters, values, norm_sq = np.zeros(2, np.int32), np.zeros((len(stepping.LEVEL), 1), np.float32), np.zeros(1)
+    images, x, flat = np.zeros((1, 4), np.uint8), np.zeros((1, 4), np.float32), np.zeros(4, np.float32)
+    made, skipped = counters[:1], counters[1:]
+    stepping.draw_levels(np.zeros((2, len(values)), np.float32), made, 0, np.zeros(1), values)
+    stepping.example(images, values, made, 0, x, x)
+    stepping.verdict(values[0], norm_sq, skipped, np.zeros(4))
+    row = np.ones((1, 5), np.float32)
+    stepping.adamw_ema_by_table(flat, flat, flat, flat, flat, row, made, 0.9, 0.99, 1e-8, norm_sq)
+    stepping.count(made, skipped, norm_sq)
 
 
 def processes() -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from alphabar.kernels import warm
-from alphabar.tools.config import DISCRETE
+from alphabar.tools.config import DISCRETE, GAUSSIAN
 from alphabar.tools.progress import Progress
 
 AFTER = 0.5  # seconds of compiling before anything is said
@@ -26,6 +26,7 @@ def needed(network: str, method: str, training: bool) -> list[str]:
     families = (*SHARED, *NETWORK[network], *process)
     if training:
         families += (*OPTIMISER, *LOSS[method in DISCRETE], *(OF_WORDS if network == "word-diffusion" else ()))
+        families += (warm.STEPPING,) if method in GAUSSIAN else ()
     return [name for name in warm.NAMES if name.startswith(families) and (training or "backward" not in name)]
 
 

@@ -12,7 +12,9 @@ from alphabar.core import guidance
 from alphabar.core.data import to_unit
 from alphabar.nets.autograd import Tensor
 from alphabar.nets.descent import descend
-from alphabar.tools import networks
+from alphabar.nets.optim import AdamW
+from alphabar.tools import captured_step, networks
+from alphabar.tools.captured_step import CapturedStep
 from alphabar.tools.config import Config
 from alphabar.tools.methods import Process
 from alphabar.tools.networks import Network
@@ -58,6 +60,10 @@ class Learner(ABC):
     def learn(self, attempt: Attempt) -> None:  # noqa: B027
         """Take up what the losses of a finished step tell, where later steps depend on it."""
 
+    def captured(self, optimiser: AdamW) -> CapturedStep | None:
+        """The whole step in one piece; None where it cannot be."""
+        return None
+
     def state(self) -> dict[str, dict[str, Array]]:
         """What a checkpoint must hold besides network and optimiser: arrays by group and name."""
         return {}
@@ -98,6 +104,10 @@ class GaussianLearner(Learner):
         loss, wanted = self.process.criterion(example)
         value, output = descend(self.net, loss, wanted, x_t, example.times, self.told(labels, k), k)
         return Attempt(value, (), rows, example.times, {"x_t": x_t}, {"output": output, "loss": value}, example)
+
+    def captured(self, optimiser: AdamW) -> CapturedStep | None:
+        """The same step in one piece, where the loss is plain and nothing depends on losses so far."""
+        return captured_step.captured(self.config, self.data, self.process, self.net, optimiser)
 
     def learn(self, attempt: Attempt) -> None:
         """Remember the losses that the times are drawn by."""

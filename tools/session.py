@@ -5,9 +5,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from alphabar.tools.runs import Run
 from alphabar.tools.sampling import Sampler
 from alphabar.tools.trainer import NotFinite, Step, Trainer
 
+Result = TypeVar("Result")
 ROWS = 20  # classes on a sheet, at most
 MAX_FAILED_SAVES = 3
 
@@ -61,7 +62,7 @@ class Session:
         self.trainer, self.run, self.quiet = trainer, run, quiet
         self.log = trainer.config.log
         self.sampler = own_sampler(trainer)
-        self.failed_saves = 0
+        self.failed_saves, self.told = 0, False
         self.saved = trainer.done if checkpoint.listing(run.checkpoints) else -1
 
     def attempt(self, what: str, action: Any, *arguments: Any) -> bool:
@@ -75,6 +76,7 @@ class Session:
 
     def save(self) -> None:
         """Write a checkpoint unless this step has one; Failure when it went wrong too often in a row."""
+        self.finite(self.trainer.check)
         done = self.trainer.done
         if self.saved == done:
             return
@@ -89,6 +91,7 @@ class Session:
 
     def sheet(self, name: str, progress: Any = None) -> Path:
         """Draw a sheet of samples from the averaged weights, images with a row for each class; returns its file."""
+        self.finite(self.trainer.check)
         t, s = self.trainer, self.trainer.config.sample
         classes = t.data.classes[:ROWS] if t.conditional else ()
         n = s.columns * (len(classes) or (s.columns if sources.kind(t.data) == "images" else 1))
@@ -107,21 +110,23 @@ class Session:
     def steps(self, stop: Stop) -> None:
         """Train to the last step, or to the end of the step in which a signal came."""
         trainer, log, total = self.trainer, self.log, self.trainer.config.train.steps
-        losses: list[float] = []
-        seconds, unit = 0.0, sources.UNITS[sources.kind(trainer.data)]
+        steps, seconds, unit = 0, 0.0, sources.UNITS[sources.kind(trainer.data)]  # since the last line of metrics
         with Progress("training", total, trainer.done, self.quiet) as bar:
             while trainer.done < total and not stop.signal:
                 start = time.perf_counter()
-                step = self.one_step()
-                seconds += time.perf_counter() - start
-                losses.append(step.loss)
+                self.finite(trainer.step if trainer.waits else trainer.advance)
+                steps += 1
                 last = trainer.done == total or bool(stop.signal)
                 if trainer.done % log.every == 0 or last:
-                    speed = len(losses) * trainer.config.train.batch / seconds
-                    record = _record(trainer.done, losses, step, unit, speed)
-                    self.attempt("a line of metrics.jsonl", self.run.log, record)
-                    bar.note(f"loss {record['loss']:.4f}, {speed:,.0f} {unit}/s")
-                    losses, seconds = [], 0.0
+                    report = self.finite(trainer.report)  # a GPU is waited for here alone, and below where the weights are wanted
+                    seconds += time.perf_counter() - start
+                    speed = steps * trainer.config.train.batch / seconds
+                    self.attempt("a line of metrics.jsonl", self.run.log, _record(trainer.done, report, unit, speed))
+                    bar.note(f"loss {report.loss:.4f}, {speed:,.0f} {unit}/s")
+                    steps, seconds = 0, 0.0
+                    self.tell_of_plain_steps()
+                else:
+                    seconds += time.perf_counter() - start
                 bar.advance()
                 if trainer.done % log.checkpoints == 0 and not last:
                     self.save()
@@ -133,10 +138,17 @@ class Session:
         if self.saved != trainer.done:
             raise Failure(f"{self.run.checkpoints}: the last checkpoint, of step {trainer.done}, could not be written")
 
-    def one_step(self) -> Step:
-        """The next step; where it is not finite the run ends, with its inputs kept for study and no checkpoint touched."""
+    def tell_of_plain_steps(self) -> None:
+        """One line, once, where steps should have been made in one piece and could not be."""
+        captured = self.trainer.captured
+        if captured is not None and captured.refused is not None and not self.told:
+            self.told = True
+            print(f"alphabar train: warning: steps are made call by call, not in one piece ({captured.refused})", file=sys.stderr)
+
+    def finite(self, of_trainer: Callable[[], Result]) -> Result:
+        """What the trainer answers; where a step is not finite the run ends, with its inputs kept and no checkpoint touched."""
         try:
-            return self.trainer.step()
+            return of_trainer()
         except NotFinite as e:
             path = self.run.path / f"crash_step_{self.trainer.done + 1:08d}.h5"
             meta = {
@@ -149,12 +161,12 @@ class Session:
             raise Failure(f"{e}. What it worked on is in {path}; the checkpoints before it are untouched") from e
 
 
-def _record(step: int, losses: list[float], last: Step, unit: str, speed: float) -> dict[str, Any]:
+def _record(step: int, report: Step, unit: str, speed: float) -> dict[str, Any]:
     return {
         "step": step,
-        "loss": sum(losses) / len(losses),
-        "grad_norm": last.grad_norm,
-        "lr": last.lr,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
         f"{unit}_per_s": round(speed, 1),
         "time": round(time.time(), 3),
     }

@@ -17,6 +17,7 @@ from alphabar.nets.checkpoint import CheckpointError
 from alphabar.nets.optim import AdamW, learning_rate
 from alphabar.tools import config as configs
 from alphabar.tools import families, networks, sources
+from alphabar.tools.captured_step import Told
 from alphabar.tools.config import Config
 from alphabar.tools.learner import Attempt
 from alphabar.tools.networks import Network
@@ -42,17 +43,26 @@ class NotFinite(ArithmeticError):
 
 
 class Trainer:
-    """A network, its optimiser and the number of steps made. ``step`` makes the next one."""
+    """A network, its optimiser and the number of steps made. ``step`` makes the next one.
+
+    ``advance`` only starts it, where steps run on a GPU in one piece: then ``done`` counts steps that may still be under way, and
+    ``check`` and ``report`` wait for them.
+    """
 
     def __init__(self, config: Config, data: Any, xp: ModuleType = np) -> None:
         self.config, self.data, self.xp = config, data, xp
         self.learner = families.of(config).learner(config, data, xp)
+        self.precision_note = networks.compute_in(self.net, config.train.precision)
         t = config.train
         self.optimiser = AdamW(
             self.net.params, weight_decay=t.weight_decay, max_norm=t.clip if t.clip else math.inf, ema_decay=t.ema
         )
         self.pool = kernels.Pool()
         self.done = 0
+        self.captured = self.learner.captured(self.optimiser)
+        self._lr = 0.0  # of the captured step that was started last
+        self._last: Step | None = None  # of a step that was made plainly, until a captured one follows
+        self._losses, self._plain_steps = 0.0, 0  # of steps made plainly since the last report
 
     @property
     def net(self) -> Network:
@@ -62,8 +72,8 @@ class Trainer:
     @property
     def work_nbytes(self) -> int:
         """Bytes of work arrays: of the steps, and of the network's plans."""
-        plans = getattr(self.net, "plans", None)
-        return self.pool.nbytes + (0 if plans is None else plans.nbytes)
+        parts = self.pool, getattr(self.net, "plans", None), self.captured
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def process(self) -> Any:
@@ -75,12 +85,83 @@ class Trainer:
         """Whether the network knows classes."""
         return self.learner.conditional
 
+    @property
+    def waits(self) -> bool:
+        """Whether ``advance`` returns when the step is over; on a GPU it need not."""
+        return self.captured is None or self.captured.waits
+
     def step(self) -> Step:
-        """The learner's attempt, and one AdamW step on the gradient of its mean loss.
+        """The next step: the learner's attempt, and one AdamW step on the gradient of its mean loss.
 
         Raises NotFinite, with the weights as they were, where the loss or the gradient is not finite.
         """
-        t, k = self.config.train, self.done
+        self.advance()
+        return self._latest(self._settled())
+
+    def advance(self) -> None:
+        """Start the next step. What of it is not finite shows in ``check`` and ``report``, at the latest."""
+        k = self.done
+        if self.captured is None or not self.captured.ready():
+            self.check()
+            self._plainly()
+            return
+        self._lr = self._rate(k)
+        if self.captured.kept:  # in memory of its own
+            self.captured.start(k, self._lr)
+        else:
+            with self.pool:
+                self.captured.start(k, self._lr)
+        self.optimiser.count += 1
+        self._last = None
+        self.done += 1
+        if not self.waits:
+            self.captured.send(k + 1, self._rate(k + 1))
+
+    def check(self) -> None:
+        """Wait for the steps under way. Raises NotFinite where one failed: ``done`` is then the number of steps before it."""
+        self._settled()
+
+    def report(self) -> Step:
+        """The mean loss of the steps since the last report, and the last one's gradient norm and learning rate.
+
+        Waits for the steps under way; raises NotFinite where one failed.
+        """
+        last, losses, steps = self._latest(self._settled()), self._losses, self._plain_steps
+        if self.captured is not None:
+            told = self.captured.told()
+            losses, steps = losses + told.total, steps + told.steps
+            self.captured.forget()
+        self._losses, self._plain_steps = 0.0, 0
+        return Step(losses / steps, last.grad_norm, last.lr)
+
+    def _settled(self) -> Told | None:
+        """:meth:`check`, and what is told of the steps where the last one was captured."""
+        if self._last is not None or self.captured is None or not self.captured.started:
+            return None
+        told = self.captured.told()
+        lost = self.done - told.made
+        if not lost:
+            return told
+        self.done, self.optimiser.count = self.done - lost, self.optimiser.count - lost
+        self.captured.reset()
+        self._plainly()  # raises, and has the arrays to show
+        return None
+
+    def _latest(self, told: Told | None) -> Step:
+        """The step that was made last; there must be one."""
+        if told is None:
+            assert self._last is not None
+            return self._last
+        return Step(told.loss, told.norm, self._lr)
+
+    def _rate(self, k: int) -> float:
+        """The learning rate of step ``k``."""
+        t = self.config.train
+        return learning_rate(k, t.lr, min(t.warmup, t.steps // 5), t.steps, t.decay)
+
+    def _plainly(self) -> None:
+        """The next step by calls of their own; as :meth:`step`."""
+        k = self.done
         with self.pool:
             attempt = self.learner.attempt(k)
             loss = float(attempt.value.sum() / attempt.value.dtype.type(len(attempt.value)))  # .mean() takes three times as long
@@ -89,13 +170,16 @@ class Trainer:
             if attempt.roots:
                 self.net.params.zero_grad()
                 backward(*attempt.roots)
-            lr = learning_rate(k, t.lr, min(t.warmup, t.steps // 5), t.steps, t.decay)
+            lr = self._rate(k)
             norm = self.optimiser.step(lr)
             if not math.isfinite(norm):
                 self._stop(f"the norm of the gradient is {norm}", attempt, True)
             self.learner.learn(attempt)
+        if self.captured is not None:
+            self.captured.reset()
         self.done += 1
-        return Step(loss, norm, lr)
+        self._last = Step(loss, norm, lr)
+        self._losses, self._plain_steps = self._losses + loss, self._plain_steps + 1
 
     def _stop(self, what: str, attempt: Attempt, with_gradient: bool) -> NoReturn:
         named = {f"step/{n}": a for n, a in attempt.inputs.items()}
@@ -115,7 +199,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------ checkpoints
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(arrays, meta) of a checkpoint: weights, running average, moments by parameter, and all that the rest follows from."""
+        """(arrays, meta) of a checkpoint: weights, running average, moments by parameter, and all that the rest follows from.
+
+        Waits for the steps under way; raises NotFinite where one failed.
+        """
+        self.check()
         store, saved = self.net.params, self.optimiser.state()
         arrays = {f"weights/{n}": a for n, a in store.arrays().items()}
         for group, flat in saved.items():
@@ -158,6 +246,10 @@ class Trainer:
             except (ValueError, KeyError) as e:
                 raise CheckpointError(path, f"its {group} does not fit: {e}") from e
         self.done = meta["step"]
+        self._last, self._losses, self._plain_steps = None, 0.0, 0
+        if self.captured is not None:
+            self.captured.reset()
+            self.captured.forget()
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:

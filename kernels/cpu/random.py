@@ -19,7 +19,7 @@ _W0, _W1 = U(0x9E3779B9), U(0xBB67AE85)
 
 
 @jit(inline="always")
-def _philox(c0, c1, c2, c3, k0, k1):
+def philox(c0, c1, c2, c3, k0, k1):
     """Four words, each in the low half of 64 bits: what a product leaves in the high half is never cleared, only ignored."""
     for _ in range(10):
         p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
@@ -75,20 +75,20 @@ def fill(z, size, first, sample, step, stream, k0, k1):
     c0, c1, c2, c3 = W(first), W(sample), W(step), W(stream)
     if size <= RUN:
         for j in range(size):
-            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
+            r0, r1, r2, r3 = philox(c0 + W(j), c1, c2, c3, k0, k1)
             x, y = _cos_sin(r1)
             z[j] = _radius(r0) * x
     elif size <= 2 * RUN:
         z0, z1 = z[:RUN], z[RUN : 2 * RUN]
         for j in range(RUN):
-            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
+            r0, r1, r2, r3 = philox(c0 + W(j), c1, c2, c3, k0, k1)
             a = _radius(r0)
             x, y = _cos_sin(r1)
             z0[j], z1[j] = a * x, a * y
     else:
         z0, z1, z2, z3 = z[:RUN], z[RUN : 2 * RUN], z[2 * RUN : 3 * RUN], z[3 * RUN : BLOCK]
         for j in range(RUN):
-            r0, r1, r2, r3 = _philox(c0 + W(j), c1, c2, c3, k0, k1)
+            r0, r1, r2, r3 = philox(c0 + W(j), c1, c2, c3, k0, k1)
             a, d = _radius(r0), _radius(r2)
             x, y = _cos_sin(r1)
             p, q = _cos_sin(r3)
@@ -101,11 +101,11 @@ def fill_words(w, size, first, sample, step, stream, k0, k1):
     c0, c1, c2, c3 = W(first), W(sample), W(step), W(stream)
     if size <= RUN:
         for j in range(size):
-            w[j] = _philox(c0 + W(j), c1, c2, c3, k0, k1)[0]
+            w[j] = philox(c0 + W(j), c1, c2, c3, k0, k1)[0]
     else:
         w0, w1, w2, w3 = w[:RUN], w[RUN : 2 * RUN], w[2 * RUN : 3 * RUN], w[3 * RUN : BLOCK]
         for j in range(RUN):
-            w0[j], w1[j], w2[j], w3[j] = _philox(c0 + W(j), c1, c2, c3, k0, k1)
+            w0[j], w1[j], w2[j], w3[j] = philox(c0 + W(j), c1, c2, c3, k0, k1)
 
 
 @jit
