@@ -4,6 +4,8 @@ Tensors are numbered as they are made, so going back in descending number meets 
 of parameters add up (``+=`` into the store's flat buffer, until ``zero_grad``); those of other tensors live only during the pass,
 and each step's intermediates are released as soon as it is done.
 
+A tensor's gradient has the dtype of its data: float32, float64, or the bits of bfloat16, which carry no tangents.
+
 Forward mode: a tensor may carry a ``tangent``, the derivative of its value along one direction. Every function hands it on, and
 what it computes for that is recorded like any other value. A backward pass from an output's tangent is then the gradient of the
 Jacobian–vector product, second derivatives included.
@@ -16,8 +18,9 @@ from contextvars import ContextVar
 from heapq import heappop, heappush
 from typing import Any
 
-from ..kernels import elementwise
+from ..kernels import elementwise, precisions
 from ..kernels.arrays import array_module, is_native
+from ..kernels.bf16 import BF16
 
 Array = Any
 Pull = Callable[[Array], None]
@@ -193,12 +196,15 @@ def record(data: Array, inputs: tuple[Tensor, ...], pull: Pull, push: Push | Non
     """The tensor of ``data`` made from ``inputs``.
 
     ``pull(dy)`` hands its gradient on with ``x.receive``. ``push()`` is called where an input carries a tangent and returns the
-    output's, made from ``x.tangent`` by recorded functions; NotImplementedError where a function has none.
+    output's, made from ``x.tangent`` by recorded functions; NotImplementedError where a function has none. What is made under
+    ``kernels.precision("tf32")`` has its gradient made so too, whenever the backward pass runs.
     """
     y = Tensor(data)
     if _recording.get() and any(x.needs_grad for x in inputs):
-        y._needs_grad, y._inputs, y._pull = True, inputs, pull
+        y._needs_grad, y._inputs, y._pull = True, inputs, _by_tf32(pull) if precisions.tf32() else pull
     if any(x.tangent is not None for x in inputs) and not _pushing.get():
+        if any(z.data.dtype == BF16 for z in (y, *inputs)):
+            raise NotImplementedError("an input carries a tangent, and bfloat16 has none: compute in float32")
         if push is None:
             raise NotImplementedError("an input carries a tangent, but this function has no rule for tangents")
         token = _pushing.set(True)
@@ -207,3 +213,11 @@ def record(data: Array, inputs: tuple[Tensor, ...], pull: Pull, push: Push | Non
         finally:
             _pushing.reset(token)
     return y
+
+
+def _by_tf32(pull: Pull) -> Pull:
+    def within(dy: Array) -> None:
+        with precisions.precision("tf32"):
+            pull(dy)
+
+    return within

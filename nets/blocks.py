@@ -5,7 +5,7 @@ from typing import Any
 
 from . import functions as f
 from .autograd import Tensor, recording
-from .layers import Attention, Conv2d, GroupNorm
+from .layers import Attention, Conv2d, GroupNorm, norm_conv
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ class ResBlock:
         self.shortcut = Conv2d(store, f"{name}.conv_shortcut", n_in, n_out, kernel=1) if n_in != n_out else None
 
     def __call__(self, x: Tensor, emb: Tensor, drop: Dropout | None, tail: Tensor | None = None) -> Tensor:
-        h = self.norm1(x, tail=tail)
-        h = self.norm2(self.conv1(h), emb, self.at) if self.modulate else self.norm2(self.conv1(h, emb, self.at))
-        if drop is not None:
-            h = drop(h, self.layer)
+        time = (emb, self.at)
+        scaled, added = (time, None) if self.modulate else (None, time)
+        h = norm_conv(self.norm1, self.conv1, x, tail=tail, added=added)
         if (short := self.shortcut) is not None:
             x = short(x) if tail is None else f.conv1x1(x, tail, short.weight, short.bias)
-        return self.conv2(h, residual=x)
+        if drop is None:
+            return norm_conv(self.norm2, self.conv2, h, scaled, residual=x)
+        return self.conv2(drop(self.norm2(h, *(scaled or ())), self.layer), residual=x)
 
 
 class Level:

@@ -15,6 +15,7 @@ from ..kernels.arrays import array_module, is_cupy, native, restore
 from . import functions as f
 from .autograd import Tensor, backward, fresh_tape, no_grad, record
 from .blocks import Level, Projections, ResBlock, dropout_of
+from .computing import Computing, computed
 from .inputs import check_input, check_times
 from .layers import Attention, Conv2d, GroupNorm, Linear, ParameterStore, TimeEmbedding
 from .unet_config import attention_levels, check, integers
@@ -23,7 +24,7 @@ Array = Any
 FIXED = {"attention_up": None, "null_class": False, "freq_shift": 0.0, "time_dtype": "float64"}  # of the U-Net's settings
 
 
-class NoisyClassifier:
+class NoisyClassifier(Computing):
     """What classifiers p(y|x_t) of noisy data share: a call gives the logits (B, classes)."""
 
     config: dict[str, Any]
@@ -149,6 +150,7 @@ class Classifier(NoisyClassifier):
         self.head = Linear(store, "head", width, c["classes"], zero=c["zero_init"])
         self.projection = Linear(store, "time_emb_proj", c["embedding_size"], self.projections.width)
 
+    @computed
     def __call__(self, x: Array | Tensor, t: Array, step: int | None = None, first_sample: int = 0) -> Tensor:
         """Logits (B, classes), recorded for a backward pass unless under ``no_grad``.
 

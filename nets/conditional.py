@@ -4,13 +4,14 @@ from typing import Any
 
 from ..kernels.arrays import native, restore
 from .autograd import Tensor, no_grad
+from .computing import Computing
 from .inputs import check_labels
 from .layers import ParameterStore
 
 Array = Any
 
 
-class Conditional:
+class Conditional(Computing):
     """A network of x, t and, where its ``config`` has ``classes``, labels y; ``classes`` itself is the null class."""
 
     config: dict[str, Any]

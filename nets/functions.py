@@ -2,6 +2,9 @@
 
 Gradients carry a ``d``: dy is ∂L/∂y. A function's ``pull(dy)`` gives its inputs their share; what it computes stands above it.
 Where an input carries a tangent, ``push()`` makes the output's, ẏ = J·ẋ, from recorded functions: the tangent has a gradient too.
+
+On a GPU images may be bfloat16 (the bits): conv2d, conv1x1, group_norm_silu, attention, add, concat and dropout answer in kind.
+Their parameters and ``emb`` are float32, and the gradients of these; convolutions read the weights rounded.
 """
 
 from collections.abc import Callable
@@ -10,15 +13,39 @@ from math import prod
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from .. import kernels
-from ..kernels import buffers, elementwise, streams
+from ..kernels import buffers, elementwise, fused, streams
 from ..kernels.arrays import array_module
+from ..kernels.bf16 import BF16
+from ..kernels.reference import conv_output_size
 from . import tangents
 from .autograd import Tensor, record
 from .tangents import total, zero_or
 
 Array = Any
 Pad = tuple[int, int] | None
+
+
+def cast(x: Tensor, dtype: Any) -> Tensor:
+    """x in another dtype: float32, or bfloat16 (BF16, the bits), rounded to nearest even. No tangents."""
+    if x.data.dtype == dtype:
+        return x
+
+    # the derivative is 1 but for the rounding
+    def pull(dy: Array) -> None:
+        x.receive(elementwise.cast(dy, x.data.dtype))
+
+    return record(elementwise.cast(x.data, dtype), (x,), pull)
+
+
+def _weights(w: Tensor, like: Array) -> Array:
+    """The values of ``w`` in the dtype of ``like``: for bfloat16 those that a store keeps, of other tensors rounded now."""
+    if like.dtype != BF16:
+        return w.data
+    low = getattr(w, "low", None)
+    return elementwise.cast(w.data, BF16) if low is None else low
 
 
 def conv2d(
@@ -31,18 +58,25 @@ def conv2d(
     emb: Tensor | None = None,
     at: int = 0,
     residual: Tensor | None = None,
+    dtype: Any = None,
 ) -> Tensor:
     """y = w * x + b + emb[:, at + k] + residual; x (B, H, W, Cin), w (k, k, Cin, Cout) with k 1 or 3, b (Cout,), emb (B, E).
 
-    ``upsample`` doubles x first.
+    ``upsample`` doubles x first. ``dtype``: of y, float32 where x is bfloat16 and y is not to be.
     """
-    kernel = w.shape[0]
+    kernel, weights = w.shape[0], _weights(w, x.data)
     bias, shift = None if b is None else b.data, None if emb is None else elementwise.channels(emb.data, at, w.shape[3])
     added = None if residual is None else residual.data
-    y = kernels.conv2d(x.data, w.data, bias, stride, upsample, pad, None, shift, added)
+    out = None
+    if dtype is not None and x.data.dtype != dtype:
+        size = (conv_output_size(n, kernel, stride, upsample, pad) for n in x.shape[1:3])
+        out = buffers.empty((x.shape[0], *size, w.shape[3]), dtype, array_module(x.data))
+    y = kernels.conv2d(x.data, weights, bias, stride, upsample, pad, out, shift, added)
 
     # y is linear in x and in w: dx and dw are the two transposes, db the sum over all places, that of emb over a sample's.
     def pull(dy: Array) -> None:
+        if out is not None:
+            dy = elementwise.cast(dy, x.data.dtype)
         if emb is not None and emb.needs_grad:
             emb.receive(elementwise.sum_places(dy), at)
         if residual is not None:
@@ -53,7 +87,7 @@ def conv2d(
             if b is not None:
                 b.receive(db)
         if x.needs_grad:
-            x.receive(kernels.conv2d_backward_input(dy, w.data, x.shape, stride, upsample, pad))
+            x.receive(kernels.conv2d_backward_input(dy, weights, x.shape, stride, upsample, pad))
 
     # ẏ = w * ẋ + (ẇ * x + ḃ) + the others' own
     def push() -> Tensor:
@@ -127,14 +161,17 @@ def tanh(x: Tensor) -> Tensor:
 
 def conv1x1(x: Tensor, tail: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y = w * [x, tail] + b, which is w₁ * x + w₂ * tail + b; x (B, H, W, C1), tail (B, H, W, C2), w (1, 1, C1 + C2, Cout)."""
-    own = x.shape[-1]
-    head, rest = w.data[:, :, :own], w.data[:, :, own:]
-    y = kernels.conv2d(tail.data, rest, residual=kernels.conv2d(x.data, head, b.data))
+    own, weights = x.shape[-1], _weights(w, x.data)
+    head, rest = weights[:, :, :own], weights[:, :, own:]
+    if fused.joins(x.data, tail.data, weights):
+        y = fused.conv1x1(x.data, tail.data, weights, b.data)
+    else:
+        y = kernels.conv2d(tail.data, rest, residual=kernels.conv2d(x.data, head, b.data))
 
     # each half by itself, into its own rows of dw
     def pull(dy: Array) -> None:
         if w.needs_grad or b.needs_grad:
-            dw = buffers.empty(w.shape, dy.dtype, array_module(dy))
+            dw = buffers.empty(w.shape, w.data.dtype, array_module(dy))
             _, db = kernels.conv2d_backward_weight(x.data, dy, 1, out=dw[:, :, :own])
             kernels.conv2d_backward_weight(tail.data, dy, 1, out=dw[:, :, own:])
             w.receive(dw)
@@ -206,6 +243,82 @@ def group_norm_silu(
         return tangents.silu_tangent(group_norm_silu(whole, gamma, beta, groups, eps, False, emb, at), dot) if silu else dot
 
     return record(y, tuple(z for z in (x, gamma, beta, emb, tail) if z is not None), pull, push)
+
+
+def norm_conv2d(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    w: Tensor,
+    b: Tensor,
+    silu: bool = True,
+    scaled: tuple[Tensor, int] | None = None,
+    tail: Tensor | None = None,
+    added: tuple[Tensor, int] | None = None,
+    residual: Tensor | None = None,
+    dtype: Any = None,
+) -> Tensor:
+    """conv2d(group_norm_silu(x), w, b) of stride 1: in one, where :func:`alphabar.kernels.fused.taken` says so, else one by one.
+
+    ``scaled`` and ``added`` are (emb, at) of the norm and of the convolution; the other arguments are theirs by name. In one, the
+    normalised image is not kept for the backward pass either: it is made again while the gradient of w is.
+    """
+    of_norm: tuple[Tensor | None, int] = scaled or (None, 0)
+    of_conv: tuple[Tensor | None, int] = added or (None, 0)
+    inputs = tuple(z for z in (x, gamma, beta, w, b, of_norm[0], of_conv[0], residual) if z is not None)
+    if tail is not None or not fused.taken(x.data, w.data) or any(z.tangent is not None for z in inputs):
+        normed = group_norm_silu(x, gamma, beta, groups, eps, silu, *of_norm, tail)
+        return conv2d(normed, w, b, 1, False, None, *of_conv, residual, dtype)
+    channels, weights = gamma.shape[0], _weights(w, x.data)
+    scale = shift = more = out = None
+    if scaled is not None:
+        scale, shift = (elementwise.channels(scaled[0].data, scaled[1] + i, channels) for i in (0, channels))
+    if added is not None:
+        more = elementwise.channels(added[0].data, added[1], w.shape[3])
+    if dtype is not None and x.data.dtype != dtype:
+        out = buffers.empty((*x.shape[:3], w.shape[3]), dtype, array_module(x.data))
+    y, norm = fused.norm_conv2d(
+        x.data,
+        gamma.data,
+        beta.data,
+        groups,
+        eps,
+        scale,
+        shift,
+        silu,
+        weights,
+        b.data,
+        out,
+        more,
+        None if residual is None else residual.data,
+    )
+
+    # those of conv2d and of group_norm_silu, one after the other
+    def pull(dy: Array) -> None:
+        if out is not None:
+            dy = elementwise.cast(dy, x.data.dtype)
+        if added is not None and added[0].needs_grad:
+            added[0].receive(elementwise.sum_places(dy), added[1])
+        if residual is not None:
+            residual.receive(dy)
+        if w.needs_grad or b.needs_grad:
+            dw, db = fused.backward_weight(x.data, dy, norm, silu)
+            w.receive(dw)
+            b.receive(db)
+        dn = kernels.conv2d_backward_input(dy, weights, x.shape)
+        dx, dgamma, dbeta, dscale, dshift = kernels.group_norm_silu_backward(
+            dn, x.data, gamma.data, beta.data, groups, norm.mean, norm.rstd, scale, shift, silu
+        )
+        gamma.receive(dgamma)
+        beta.receive(dbeta)
+        x.receive(dx)
+        if scaled is not None:
+            scaled[0].receive(dscale, scaled[1])
+            scaled[0].receive(dshift, scaled[1] + channels)
+
+    return record(y, inputs, pull)
 
 
 def modulated_tangent(
@@ -339,6 +452,8 @@ def dropout(x: Tensor, rate: float, seed: int, step: int, layer: int, first_samp
     The mask is z < Φ⁻¹(1 − rate) of the engine's normals with key ``seed`` and counter (element, sample, step, DROPOUT +
     256·layer): it depends on nothing else, so a resumed run and another backend draw the same.
     """
+    if x.data.dtype == BF16:  # which array code cannot compute with
+        return cast(dropout(cast(x, np.float32), rate, seed, step, layer, first_sample), BF16)
     xp = array_module(x.data)
     z = buffers.empty(x.shape, x.data.dtype, xp)
     kernels.normals(z, seed, step, streams.DROPOUT + 256 * layer, first_sample)

@@ -11,6 +11,7 @@ import numpy as np
 from .. import kernels
 from ..kernels import elementwise, streams
 from ..kernels.arrays import array_module
+from ..kernels.bf16 import BF16
 from . import functions as f
 from . import token_functions
 from .autograd import Tensor
@@ -20,10 +21,14 @@ ALIGN = 16  # elements: each parameter starts on a 64-byte boundary of the float
 
 
 class Parameter(Tensor):
-    """A leaf of a store. It counts the changes of its attributes (not of what its arrays hold)."""
+    """A leaf of a store. It counts the changes of its attributes (not of what its arrays hold).
 
-    __slots__ = ("_changes",)
+    ``low``: its values in bfloat16, where the store keeps them and they are those of ``data``.
+    """
+
+    __slots__ = ("_changes", "low")
     _changes: list[int]
+    low: Array
 
     def __init__(self, changes: list[int]) -> None:
         object.__setattr__(self, "_changes", changes)
@@ -31,6 +36,8 @@ class Parameter(Tensor):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "data":
+            super().__setattr__("low", None)
         self._changes[0] += 1
 
 
@@ -40,6 +47,9 @@ class ParameterStore:
     Layers declare parameters, ``build`` allocates and fills them. Initial values are mean + std·z with z from the engine's
     normals, counter stream INIT and step = index of the parameter: the same on every backend, and float32 weights are the rounded
     float64 ones. Between parameters there may be a few unused elements, which stay zero.
+
+    ``low`` is None or, on a GPU, a flat copy of the weights in bfloat16 (see :meth:`keep_low`). :meth:`load`, :meth:`using` and
+    the optimiser keep it up to date; who writes into ``data`` himself calls :meth:`refresh`.
     """
 
     def __init__(self, seed: int = 0, xp: Any = np, dtype: Any = "float32") -> None:
@@ -48,7 +58,8 @@ class ParameterStore:
             raise ValueError(f"dtype must be float32 or float64, not {dtype}")
         self.data: Array = None
         self.grad: Array = None
-        self._declared: dict[str, tuple[Tensor, tuple[int, ...], float, float]] = {}
+        self.low: Array = None
+        self._declared: dict[str, tuple[Parameter, tuple[int, ...], float, float]] = {}
         self._offsets: list[int] = []
         self._changes, self._seen = [0], -1  # of attributes of parameters: so far, and when _form was made
         self._form: tuple | None = None
@@ -89,6 +100,32 @@ class ParameterStore:
         for (parameter, *_), view in zip(self._declared.values(), self._views(flat), strict=True):
             parameter.data = view
         self._own = [(parameter.data, parameter.grad) for parameter, *_ in self._declared.values()]
+        if self.low is not None:
+            self._point_at_low()
+
+    def _point_at_low(self) -> None:
+        for (parameter, *_), view in zip(self._declared.values(), self._views(self.low), strict=True):
+            parameter.low = view
+        self.refresh()
+
+    def keep_low(self, keep: bool) -> None:
+        """Keep a copy of the weights in bfloat16 from now on, at one place, or no longer. TypeError unless they are on a GPU."""
+        if keep == (self.low is not None):
+            return
+        if keep and (self.xp is np or self.dtype != np.float32):
+            raise TypeError(f"a copy in bfloat16 is kept of float32 weights on a GPU, not of {self.xp.__name__}'s {self.dtype}")
+        if keep:
+            self.low = self.xp.empty(self.data.shape, BF16)
+            self._point_at_low()
+            return
+        self.low = None
+        for parameter, *_ in self._declared.values():
+            parameter.low = None
+
+    def refresh(self) -> None:
+        """Round the weights as they are now into ``low``, where there is one."""
+        if self.low is not None:
+            elementwise.cast(self.data, BF16, self.low)
 
     def form(self) -> tuple | None:
         """What a run depends on besides the values: where they lie and which want gradients. A few bytes to compare.
@@ -171,6 +208,7 @@ class ParameterStore:
             if tuple(value.shape) != view.shape:
                 raise ValueError(f"weight {name!r} has shape {tuple(value.shape)}, want {view.shape}")
             view[...] = self.xp.asarray(value, self.dtype)
+        self.refresh()
 
 
 def _glorot(fan_in: int, fan_out: int) -> float:
@@ -192,7 +230,7 @@ class Linear:
 class Conv2d:
     """A convolution with bias, 3×3 or 1×1; ``zero`` starts it at zero, ``upsample`` doubles the image first.
 
-    A call may add columns of ``emb`` to every place, and a ``residual`` of the result's shape.
+    A call may add columns of ``emb`` to every place, and a ``residual`` of the result's shape, and say the result's ``dtype``.
     """
 
     def __init__(
@@ -212,8 +250,10 @@ class Conv2d:
         self.bias = store.declare(f"{name}.bias", (n_out,))
         self.stride, self.upsample, self.pad = stride, upsample, pad
 
-    def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0, residual: Tensor | None = None) -> Tensor:
-        return f.conv2d(x, self.weight, self.bias, self.stride, self.upsample, self.pad, emb, at, residual)
+    def __call__(
+        self, x: Tensor, emb: Tensor | None = None, at: int = 0, residual: Tensor | None = None, dtype: Any = None
+    ) -> Tensor:
+        return f.conv2d(x, self.weight, self.bias, self.stride, self.upsample, self.pad, emb, at, residual, dtype)
 
 
 class GroupNorm:
@@ -229,6 +269,21 @@ class GroupNorm:
 
     def __call__(self, x: Tensor, emb: Tensor | None = None, at: int = 0, tail: Tensor | None = None) -> Tensor:
         return f.group_norm_silu(x, self.gamma, self.beta, self.groups, self.eps, self.silu, emb, at, tail)
+
+
+def norm_conv(
+    norm: GroupNorm,
+    conv: Conv2d,
+    x: Tensor,
+    scaled: tuple[Tensor, int] | None = None,
+    tail: Tensor | None = None,
+    added: tuple[Tensor, int] | None = None,
+    residual: Tensor | None = None,
+    dtype: Any = None,
+) -> Tensor:
+    """A convolution of stride 1 of the normalised x: one after the other, or in one; ``scaled`` and ``added``: (emb, at)."""
+    w, b = conv.weight, conv.bias
+    return f.norm_conv2d(x, norm.gamma, norm.beta, norm.groups, norm.eps, w, b, norm.silu, scaled, tail, added, residual, dtype)
 
 
 class SelfAttention:

@@ -9,6 +9,7 @@ import numpy as np
 from ..kernels.arrays import native, restore
 from . import functions as f
 from .autograd import Tensor, no_grad
+from .computing import Computing, computed
 from .inputs import check_input, check_sizes, check_times
 from .layers import Linear, ParameterStore, time_features
 from .unet_config import integers
@@ -33,7 +34,7 @@ def _check(c: dict[str, Any]) -> None:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, not {c['activation']!r}")
 
 
-class MLP:
+class MLP(Computing):
     """y = W_n·act(… act(W_1·[x, φ(t)] + b_1) …) + b_n on vectors x (B, features_in).
 
     hidden: widths of the hidden layers; () is one linear layer.
@@ -89,6 +90,7 @@ class MLP:
         self.activation = ACTIVATIONS[activation]
         self.params.build()
 
+    @computed
     def __call__(self, x: Array | Tensor, t: Array | None = None) -> Tensor:
         """The network's output (B, features_out), recorded for a backward pass unless under ``no_grad``.
 

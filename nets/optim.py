@@ -73,6 +73,7 @@ class AdamW:
             norm_sq,
             self.max_norm,
         )
+        store.refresh()
         return norm
 
     def state(self) -> dict[str, Array]:

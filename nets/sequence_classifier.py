@@ -6,6 +6,7 @@ import numpy as np
 
 from .autograd import Tensor
 from .classifier import NoisyClassifier, mean_places
+from .computing import computed
 from .inputs import check_input, check_sizes
 from .layers import Linear, ParameterStore
 from .transformer import Trunk, trunk_config
@@ -58,6 +59,7 @@ class SequenceClassifier(NoisyClassifier):
         self.head = Linear(store, "head", width, classes, zero=True)
         store.build()
 
+    @computed
     def __call__(self, x: Array | Tensor, t: Array, step: int | None = None, first_sample: int = 0) -> Tensor:
         """Logits (B, classes), recorded for a backward pass unless under ``no_grad``.
 

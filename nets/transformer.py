@@ -8,6 +8,7 @@ from . import functions as f
 from . import token_functions
 from .autograd import Tensor
 from .blocks import Dropout, Projections, dropout_of
+from .computing import computed
 from .conditional import Conditional
 from .inputs import check_input, check_integers, check_sizes, check_times
 from .layers import Embedding, LayerNorm, Linear, ParameterStore, SelfAttention, TimeEmbedding
@@ -166,6 +167,7 @@ class Transformer(Conditional):
         self.head = Linear(store, "linear_out", width, self.config["out"], zero=True)
         store.build()
 
+    @computed
     def __call__(
         self, x: Array | Tensor, t: Array, y: Array | None = None, step: int | None = None, first_sample: int = 0
     ) -> Tensor:

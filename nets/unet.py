@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels import dispatch
+from ..kernels.bf16 import BF16
 from . import functions as f
 from .autograd import Tensor
 from .blocks import Dropout, Level, Projections, ResBlock, dropout_of
+from .computing import computed
 from .conditional import Conditional
 from .inputs import check_input, check_times
-from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding
+from .layers import Attention, Conv2d, Embedding, GroupNorm, Linear, ParameterStore, TimeEmbedding, norm_conv
 from .plans import Plans
 from .unet_config import attention_levels, check, integers
 
@@ -40,7 +43,10 @@ class UNet(Conditional):
     seed: key of the initial weights and of dropout. xp: numpy or cupy. dtype: "float32" or "float64".
 
     Raises ValueError where an option is out of range. ``UNet(**net.config)`` is the same network with its initial weights.
+    ``net.compute``: "fp32", "tf32" or "bf16", see :class:`~alphabar.nets.computing.Computing`.
     """
+
+    takes_bf16 = True
 
     def __init__(
         self,
@@ -167,6 +173,7 @@ class UNet(Conditional):
         self.conv_out = Conv2d(store, "conv_out", width, c["out_channels"], zero=c["zero_init"])
         self.projection = Linear(store, "time_emb_proj", n_emb, self.projections.width)
 
+    @computed
     def __call__(
         self, x: Array | Tensor, t: Array, y: Array | None = None, step: int | None = None, first_sample: int = 0
     ) -> Tensor:
@@ -193,7 +200,10 @@ class UNet(Conditional):
             emb = f.add(emb, self.label(labels))
         emb = self.projection(f.silu(emb))
 
-        h = self.conv_in(x if isinstance(x, Tensor) else Tensor(x))
+        x = x if isinstance(x, Tensor) else Tensor(x)
+        if self.params.low is not None and x.tangent is None and dispatch.chosen() == "auto":
+            x = f.cast(x, BF16)
+        h = self.conv_in(x)
         skips = [h]
         for level in self.down:
             for res, attention in level.blocks:
@@ -212,4 +222,4 @@ class UNet(Conditional):
                 h = h if attention is None else attention(h)
             if level.resize is not None:
                 h = level.resize(h)
-        return self.conv_out(self.norm_out(h))
+        return norm_conv(self.norm_out, self.conv_out, h, dtype=self.params.dtype)

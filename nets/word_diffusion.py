@@ -7,6 +7,7 @@ import numpy as np
 from . import functions as f
 from . import token_functions
 from .autograd import Tensor
+from .computing import computed
 from .conditional import Conditional
 from .inputs import check_input, check_integers, check_sizes
 from .layers import Embedding, Linear, ParameterStore
@@ -87,10 +88,12 @@ class WordDiffusion(Conditional):
         c = self.config
         return self.words(check_integers("w", w, ("B", c["length"]), c["states"], self.params.xp))
 
+    @computed
     def logits(self, x: Array | Tensor) -> Tensor:
         """Scores (B, length, states) of the words at x (B, length, features): x·tableᵀ + bias."""
         return f.linear(self._vectors(x), token_functions.transpose(self.table), self.bias)
 
+    @computed
     def __call__(
         self, x: Array | Tensor, t: Array, y: Array | None = None, step: int | None = None, first_sample: int = 0
     ) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from alphabar.core import text
+from alphabar.nets.computing import COMPUTE
 
 
 class ConfigError(ValueError):
@@ -129,6 +130,7 @@ class Train:
     clip: float = _setting(1.0, 0.0)  # global norm of the gradient; 0 = no clipping
     ema: float = _setting(0.999, 0.0, 0.999999)
     p_uncond: float = _setting(0.1, 0.0, 1.0)
+    precision: str = _setting("fp32", choices=COMPUTE)  # of a network on a GPU; a run may go on in another one
     seed: int = _setting(0, 0, 2**63 - 1)
 
 

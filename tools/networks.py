@@ -20,6 +20,11 @@ class Network(Protocol):
 
     config: dict[str, Any]
     params: ParameterStore
+    compute: str
+
+    @property
+    def computes(self) -> str:
+        """What ``compute`` comes to on its device."""
 
     @property
     def null(self) -> int:
@@ -54,6 +59,16 @@ def made(kind: str, options: Mapping[str, Any], xp: Any, what: str) -> Any:
         if from_environment(e):
             raise
         raise ConfigError(f"these settings make no network for {what}: {e}") from e
+
+
+def compute_in(net: Network, precision: str) -> str | None:
+    """Let a network compute in one of ``COMPUTE``. A line to tell the user where that comes to something else, else None."""
+    net.compute = precision
+    if net.computes == precision:
+        return None
+    if net.computes == "fp32":
+        return f"precision   float32, not {precision}: that is for a GPU"
+    return f"precision   {net.computes}: {precision} is for U-Nets"
 
 
 def unet_options(config: Config, data: Dataset, inside: int | None = None, out: int | None = None) -> dict[str, Any]:

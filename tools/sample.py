@@ -1,6 +1,7 @@
 """`alphabar sample`: draw images from a trained checkpoint, to HDF5 and PNG; or text."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = sample_options.parser().parse_args(argv)
     xp, where = device(options.device)
     network = trained.load(options.checkpoint, options.raw_weights, xp)
+    said = networks.compute_in(network.net, options.precision or network.config.train.precision)
+    if said is not None and not options.quiet:
+        print(said, file=sys.stderr, flush=True)
     if where == "cpu":
         compiling.ahead(compiling.needed(networks.kind_of(network.net), network.config.method, training=False), options.quiet)
     kind = configs.data_kind(network.config)

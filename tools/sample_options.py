@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from alphabar.nets.computing import COMPUTE
 from alphabar.tools import config as configs
 from alphabar.tools import gamma, sampling
 from alphabar.tools.command import Parser, UserError, integer, real
@@ -99,6 +100,7 @@ def parser() -> Parser:
         help=".h5, .png (images) or .txt (text), once for each; default: samples.h5 and samples.png, or samples.txt",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=COMPUTE, help="of the network, on a GPU; default: the one that it was trained in")
     parser.add_argument("--raw-weights", action="store_true", help="the last weights instead of their running average")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     return parser
@@ -140,5 +142,6 @@ def stated(options: Any, network: Trained, config: Config) -> dict[str, Any]:
         "step": network.step,
         "weights": "raw" if options.raw_weights else "average",
         "method": config.method,
+        "precision": network.net.computes,
         **{k: v for k, v in configs.to_dict(config)["sample"].items() if k not in ("guidance", "columns")},
     }
