@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,10 @@ import pytest
 
 from alphabar.kernels import TABLE, dispatch, elementwise, gpu
 from alphabar.kernels.compile import FOLDER
-from alphabar.kernels.gpu import launch
 from alphabar.tools import gpu_check
 from alphabar.tools.gpu import cases, correctness, job, machine, networks, plan, report, sanitizer, speed, sums, verdicts
 from tests import cusim, fake_cupy
+from tests.hosted import pretend as machine_with_gpu
 
 FEW = (
     *("normals", "q_sample", "step", "categorical_posterior", "categorical_q_sample", "group_norm_silu_backward", "conv2d"),
@@ -27,67 +26,12 @@ FEW = (
 )
 
 
-class Event:
-    def record(self) -> None:
-        pass
-
-
-class Device:
-    def __init__(self, number: int = 0) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class HostedDevice(cusim.Host):
-    """Launches with the stand-in's arrays, and answers what a driver would."""
-
-    xp = fake_cupy.cupy
-
-    def launch(self, file: str, name: str, grid: tuple, block: tuple, args: tuple, shared: int = 0) -> None:
-        super().launch(file, name, grid, block, tuple(map(fake_cupy.unwrap, args)), shared)
-
-    def kernel(self, file: str, name: str) -> Any:
-        return types.SimpleNamespace(num_regs=32, local_size_bytes=0, kernel=types.SimpleNamespace(ptr=1))
-
-    def module(self, file: str) -> Any:
-        return types.SimpleNamespace(compile=lambda: None)
-
-
 def pretend(patch: pytest.MonkeyPatch) -> Any:
     """Make this process's machine one that seems to have a GPU."""
     cusim.prepare(sorted(FOLDER.glob("*.cu")))
     cupy = fake_cupy.cupy
-    properties = {"name": b"NVIDIA Host", "major": 9, "minor": 0, "multiProcessorCount": 1, "totalGlobalMem": 1, "l2CacheSize": 1}
-    runtime = types.ModuleType("runtime")
-    answers = {"getDeviceProperties": properties, "driverGetVersion": 13000, "runtimeGetVersion": 13000, "getDevice": 0}
-    answers |= {"deviceGetAttribute": 227 << 10}
-    for name, answer in answers.items():
-        setattr(runtime, name, lambda *args, answer=answer: answer)
-    runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin = 97  # type: ignore[attr-defined]
-    cuda = types.SimpleNamespace(
-        runtime=runtime,
-        driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda pointer, threads, shared: 2),
-        nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
-        Device=Device,
-        Event=Event,
-        get_elapsed_time=lambda a, b: 0.5,
-        set_allocator=lambda a: None,
-    )
-    pool = types.SimpleNamespace(free_all_blocks=lambda: None)
-    for name, value in (("cuda", cuda), ("__version__", "14"), ("copyto", lambda to, a: None)):
-        patch.setattr(cupy, name, value, raising=False)
-    patch.setattr(cupy, "get_default_memory_pool", lambda: pool, raising=False)
-    patch.setitem(sys.modules, "cupy", cupy)
-    patch.setattr(launch, "_address", lambda a: fake_cupy.unwrap(a).ctypes.data)
-    patch.setattr(launch, "_cuda", lambda: HostedDevice())
+    machine_with_gpu(patch)
+    patch.setattr(cupy, "__version__", "14", raising=False)
     patch.setattr(gpu_check, "require_gpu", lambda index: cupy)
     for module in (machine, speed):
         patch.setattr(module, "torch_of", lambda: None)
@@ -107,8 +51,8 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("g++ is not installed")
     cupy = pretend(monkeypatch)
 
-    def here(name: str, seconds: float, gpu: int) -> dict[str, Any]:
-        made = job.Job(cupy, time.monotonic() + seconds, None, gpu)
+    def here(name: str, seconds: float, gpu: int, data: Path | None, sheets: Path | None) -> dict[str, Any]:
+        made = job.Job(cupy, time.monotonic() + seconds, None, gpu, data=data, sheets=sheets)
         gpu_check.one(name, made)
         return made.report
 
@@ -160,6 +104,7 @@ def test_a_wrong_kernel_is_found(
 def test_networks_training_and_checkpoints_are_those_of_the_cpu(hosted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "SETTINGS", (*networks.SETTINGS, "train.batch=4", "model.channels=8,8"))
     monkeypatch.setattr(networks, "STEPS", 3)
+    monkeypatch.setattr(networks, "CAPTURED", ("adams_bashforth",))
     made = job.Job(hosted, time.monotonic() + 300)
     networks.run(made)
     assert made.report["ok"], made.report["failed"]

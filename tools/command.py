@@ -17,6 +17,7 @@ import numpy as np
 
 from alphabar.core.data import DataError
 from alphabar.kernels.compiling import told
+from alphabar.kernels.device_memory import OutOfDeviceMemory, memory_told
 from alphabar.nets.checkpoint import CheckpointError
 from alphabar.tools.compiling import Told
 from alphabar.tools.config import ConfigError
@@ -59,7 +60,7 @@ def program(name: str) -> Callable[[Main], Main]:
                 sys.stdout.reconfigure(errors="backslashreplace")
             try:
                 arguments = sys.argv[1:] if argv is None else argv
-                with warnings.catch_warnings(), told(Told(name, quiet="--quiet" in arguments)):
+                with warnings.catch_warnings(), told(Told(name, quiet="--quiet" in arguments)), memory_told():
                     warnings.showwarning = functools.partial(_warn, name)
                     code = main(arguments)
                 sys.stdout.flush()
@@ -74,6 +75,8 @@ def program(name: str) -> Callable[[Main], Main]:
                 if not from_environment(e):
                     raise
                 return complain(name, e, 2)
+            except OutOfDeviceMemory as e:
+                return complain(name, f"{e} (a smaller --batch takes less)", 1)
             except MemoryError:
                 return complain(name, "not enough memory", 1)
             except BrokenPipeError:

@@ -2,11 +2,12 @@
 
     alphabar gpu-check                       or, in a checkout: python tools/gpu_check.py
     python tools/gpu_check.py --only noise kernels --out results
+    python tools/gpu_check.py --train --data photos.h5      whole training and sampling steps, and whole trainings
 
-Writes gpu_DEVICE.json, .md and .png. Each section runs in a process of its own: one that breaks, hangs or is out of time costs
-the others nothing. In a checkout only NumPy and CuPy need be installed: where `alphabar` cannot be imported, a link of that name
-in a temporary folder leads to the checkout. PyTorch, where it is installed with CUDA, is timed beside our kernels; h5py is
-needed for the networks, matplotlib for the picture.
+Writes gpu_DEVICE.json, .md and .png (with --train gpu_DEVICE_train.* and sheets of samples). Each section runs in a process of
+its own: one that breaks, hangs or is out of time costs the others nothing. In a checkout only NumPy and CuPy need be installed:
+where `alphabar` cannot be imported, a link of that name in a temporary folder leads to the checkout. PyTorch, where it is
+installed with CUDA, is timed beside our kernels; h5py is needed for the networks, matplotlib for the picture.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +59,24 @@ def _train(job: Job) -> None:
     training.run(job)
 
 
+def _steps(job: Job) -> None:
+    from alphabar.tools.gpu import steps
+
+    steps.train(job)
+
+
+def _trajectories(job: Job) -> None:
+    from alphabar.tools.gpu import steps
+
+    steps.sample(job)
+
+
+def _runs(job: Job) -> None:
+    from alphabar.tools.gpu import runs
+
+    runs.run(job)
+
+
 RUNS: dict[str, Callable[[Job], None]] = {
     "build": machine.build,
     "noise": correctness.noise,
@@ -66,6 +85,9 @@ RUNS: dict[str, Callable[[Job], None]] = {
     "large": correctness.large,
     "speed": speed.run,
     "train": _train,
+    "steps": _steps,
+    "trajectories": _trajectories,
+    "runs": _runs,
 }
 
 
@@ -76,17 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = ROOT / "bench" / "results"
     parser.add_argument("--out", type=Path, default=default, metavar="FOLDER", help="where to write (default: %(default)s)")
-    parser.add_argument(
-        "--only", nargs="+", choices=plan.NAMES, default=plan.NAMES, metavar="SECTION", help=", ".join(plan.NAMES)
-    )
+    every = (*plan.NAMES, *plan.WHOLE_NAMES)
+    parser.add_argument("--only", nargs="+", choices=every, metavar="SECTION", help=", ".join(every))
+    parser.add_argument("--train", action="store_true", help=f"the sections {', '.join(plan.WHOLE_NAMES)} in place of the others")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="with --train: an HDF5 data set to train on besides digits")
     parser.add_argument("--gpu", type=int, default=0, metavar="N", help="number of the GPU (default: 0)")
     parser.add_argument("--commit", help="commit to write down (default: from git)")
     parser.add_argument("--seconds", type=float, default=plan.SECONDS, help="be done after so long (default: %(default)g)")
     # for the processes that this program starts: one section, its time and the file of its report; what the sanitizer watches
     parser.add_argument("--section", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sheets", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--touch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    options.only = options.only or (plan.WHOLE_NAMES if options.train else plan.NAMES)
+    if options.data is not None:
+        options.data = options.data.absolute()
+        if not options.data.is_file():
+            print(f"alphabar gpu-check: error: --data {options.data}: there is no such file", file=sys.stderr)
+            return 2
     try:
         cupy = require_gpu(options.gpu)
     except RuntimeError as e:
@@ -97,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             correctness.touch(cupy)
             return 0
         if options.section:
-            one(options.section, Job(cupy, time.monotonic() + options.seconds, options.part, options.gpu))
+            job = Job(
+                cupy, time.monotonic() + options.seconds, options.part, options.gpu, data=options.data, sheets=options.sheets
+            )
+            one(options.section, job)
             return 0
         return everything(cupy, options)
 
@@ -116,11 +149,13 @@ def one(name: str, job: Job) -> None:
 GRACE = 15.0  # seconds after its deadline that a section has to come to its end
 
 
-def apart(name: str, seconds: float, gpu: int) -> Report:
+def apart(name: str, seconds: float, gpu: int, data: Path | None = None, sheets: Path | None = None) -> Report:
     """Run a section in a process of its own; what it has written counts, however it ends."""
     with tempfile.TemporaryDirectory() as folder:
         part, log = Path(folder) / "part.json", Path(folder) / "log"
         command = [sys.executable, str(SCRIPT), "--section", name, "--seconds", f"{seconds:.1f}", "--gpu", str(gpu)]
+        for option, value in (("--data", data), ("--sheets", sheets)):
+            command += [] if value is None else [option, str(value)]
         ended = ""
         with log.open("w") as file:
             process = subprocess.Popen([*command, "--part", str(part)], stdout=file, stderr=subprocess.STDOUT)
@@ -142,6 +177,8 @@ def everything(cupy: ModuleType, options: argparse.Namespace) -> int:
     begin = time.monotonic()
     found: Report = {"environment": machine.environment(cupy, options.gpu, options.commit or machine.commit())}
     limits = plan.limits(options.only, options.seconds)
+    numbers = report.paths(options.out, found["environment"]["device"], whole(limits))[0].absolute()
+    numbers.parent.mkdir(parents=True, exist_ok=True)
     watch = sanitizer.Watch(sanitizer.watched(SCRIPT, options.gpu)) if "sanitizer" in limits else None
     for name, limit in limits.items():
         start, deadline = time.monotonic(), begin + limit
@@ -151,16 +188,15 @@ def everything(cupy: ModuleType, options: argparse.Namespace) -> int:
         elif deadline - start < 1:
             found[name] = {"skipped": "no time left"}
         else:
-            found[name] = apart(name, max(1.0, deadline - start - GRACE / 3), options.gpu)
+            left = max(1.0, deadline - start - GRACE / 3)
+            found[name] = apart(name, left, options.gpu, options.data, numbers.with_suffix(""))
         found[name]["took_s"] = round(time.monotonic() - start, 1)
         _say(name, found[name])
         write(found, options.out)
     failed = [name for name in limits if found[name].get("ok") is False]
     for v in (v for v in found["promises"] if v["met"] is not None):
         print(f"{verdicts.word(v['met']):>12}  {v['line']}: {v['found']}")
-    print(
-        f"wrote {report.paths(options.out, found['environment']['device'])[0]} after {time.monotonic() - begin:.0f} s; ", end=""
-    )
+    print(f"wrote {numbers} after {time.monotonic() - begin:.0f} s; ", end="")
     print(f"failed: {', '.join(failed)}" if failed else "all well")
     return 1 if failed else 0
 
@@ -174,23 +210,34 @@ def _say(name: str, part: Report) -> None:
         print(f"  {json.dumps(failure)[:300]}", flush=True)
 
 
+def whole(names: Iterable[str]) -> bool:
+    """Whether these sections are those of --train."""
+    return bool({*plan.WHOLE_NAMES} & {*names}) and not {*plan.NAMES} & {*names}
+
+
 def write(found: Report, out: Path) -> None:
     """The JSON file, the Markdown file and, where speeds are known and matplotlib is there, the picture."""
     device = found["environment"]["device"]
-    numbers, text, drawing = report.paths(out, device)
+    numbers, text, drawing = report.paths(out, device, whole(found))
     found["promises"] = verdicts.verdicts(found)
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     picture = None
-    if found.get("speed", {}).get("rows") and "limits" in found["speed"]:
-        from alphabar.tools.gpu.picture import roofline
+    try:
+        if found.get("speed", {}).get("rows") and "limits" in found["speed"]:
+            from alphabar.tools.gpu.picture import roofline
 
-        try:
             roofline(drawing, found["speed"], device)
             picture = drawing.name
-        except ImportError:
-            print("no picture: matplotlib is not installed", file=sys.stderr)
-    text.write_text(report.markdown(found, picture, "python tools/gpu_check.py"), encoding="utf-8")
+        elif whole(found) and any(found.get(name, {}).get("rows") for name in ("steps", "trajectories")):
+            from alphabar.tools.gpu.picture import growth
+
+            growth(drawing, found, device)
+            picture = drawing.name
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+    command = "python tools/gpu_check.py" + (" --train" if whole(found) else "")
+    text.write_text(report.markdown(found, picture, command), encoding="utf-8")
 
 
 if __name__ == "__main__":

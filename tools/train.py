@@ -7,13 +7,15 @@ import time
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from alphabar.kernels.device_memory import OutOfDeviceMemory, memory_told
 from alphabar.nets import checkpoint
 from alphabar.nets.checkpoint import CheckpointError
-from alphabar.tools import compiling, families, networks, runs, sources
+from alphabar.tools import compiling, families, memory, networks, runs, sources
 from alphabar.tools import config as configs
 from alphabar.tools.command import Failure, Parser, UserError, device, integer, program
 from alphabar.tools.config import Config, ConfigError
@@ -49,9 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(options, f"{dataset.name} has no labels: training without classes")
     if found is not None:
         check_data(found[0], found[2], dataset)
+    try:
+        with memory_told():
+            return _run(options, config, found, dataset, xp, where)
+    except OutOfDeviceMemory as e:
+        failed = OutOfDeviceMemory(e.asked, e.free, e.total)  # without the frames that hold the run's arrays
+    raise Failure(memory.advice(config, dataset, xp, failed, where))
+
+
+def _run(options: Any, config: Config, found: "Found | None", dataset: Any, xp: ModuleType, where: str) -> int:
+    """The run, or the dry run, once its settings are known."""
     trainer = Trainer(config, dataset, xp)
     if found is not None:
         trainer.restore(*found)
+    for line in (trainer.precision_note, _other_precision(config, found)):
+        if line is not None:
+            _say(options, line)
     own_sampler(trainer)  # a mistake there should show now, not after the training
     if options.dry_run:
         return _dry_run(trainer, where)
@@ -135,6 +150,12 @@ def _check_fixed(config: Config, found: Found, dataset: Any) -> None:
             value = attrgetter(key)
             if value(config) != value(before):
                 raise UserError(f"a resumed run cannot change {key}: its checkpoint has {value(before)}")
+
+
+def _other_precision(config: Config, found: Found | None) -> str | None:
+    """What to say where a resumed run goes on in another precision than it was trained in."""
+    before = None if found is None else configs.from_dict(found[2]["config"]).train.precision
+    return None if before in (None, config.train.precision) else f"precision   {config.train.precision}, {before} before"
 
 
 def _folder(options: Any, config: Config, found: Found | None) -> Path:

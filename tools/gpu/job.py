@@ -18,13 +18,18 @@ Report = dict[str, Any]
 
 @dataclass
 class Job:
-    """One section's run. ``deadline``: the monotonic time after which nothing new is begun; ``path``: where the report goes."""
+    """One section's run. ``deadline``: the monotonic time after which nothing new is begun; ``path``: where the report goes.
+
+    ``data``: a data set to train on besides; ``sheets``: how the files of pictures of samples begin.
+    """
 
     cupy: ModuleType
     deadline: float
     path: Path | None = None
     gpu: int = 0
     report: Report = field(default_factory=dict)
+    data: Path | None = None
+    sheets: Path | None = None
 
     @property
     def left(self) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from alphabar import kernels
-from alphabar.core import data, samplers, schedules, tables
+from alphabar.core import data, guidance, samplers, schedules, tables
+from alphabar.core.captured import Captured
 from alphabar.kernels.arrays import to_numpy
 from alphabar.nets import MLP, Transformer, UNet, backward, checkpoint
 from alphabar.tools import config as configs
@@ -32,6 +33,8 @@ SETTINGS = (
     *("model.channels=16,32", "model.blocks=1", "model.attention=4", "model.groups=4", "train.batch=32", "train.warmup=2"),
     *("log.every=1", "log.samples=0", "log.checkpoints=100", "sample.steps=4", "sample.columns=2"),
 )
+ROUNDED = {"tf32": 4e-3, "bf16": 3e-2}  # relative errors: some rounding errors of an operand, 2^-11 and 2^-9
+CAPTURED = ("ddim", "ddpm", "adams_bashforth")
 SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp", "sde_dpm_solver_pp", "unipc", "heun", "pndm", "euler_ancestral")
 Check = tuple[str, Callable[[ModuleType], tuple[float, float]]]  # (name, device's library -> (error, the most allowed))
 
@@ -58,6 +61,14 @@ def checks() -> Iterator[Check]:
     """Their names and what makes them."""
     for name, make, shapes in networks():
         yield f"{name}, forward and backward", lambda xp, make=make, shapes=shapes: _passes(xp, make, shapes)  # type: ignore[misc]
+    _, make, shape = networks()[0]
+    for compute, allowed in ROUNDED.items():
+        yield (
+            f"U-Net in {compute}, forward and backward",
+            lambda xp, compute=compute, allowed=allowed: _passes(xp, make, shape, compute, allowed),  # type: ignore[misc]
+        )
+    for name in CAPTURED:
+        yield f"captured rows of {name} have the bits of plain ones", lambda xp, name=name: _captured(xp, name)  # type: ignore[misc]
     yield "elementwise functions", _elementwise
     for name in SAMPLERS:
         yield f"sampler {name}", lambda xp, name=name: _sampler(xp, name)  # type: ignore[misc]
@@ -95,17 +106,22 @@ def networks() -> list[tuple[str, Callable[..., Any], tuple[int, ...]]]:
     ]
 
 
-def _passes(xp: ModuleType, make: Callable[..., Any], shape: tuple[int, ...]) -> tuple[float, float]:
-    """Output and gradients of one network in float64 on the CPU, in float32 there and on the device."""
+def _passes(
+    xp: ModuleType, make: Callable[..., Any], shape: tuple[int, ...], compute: str = "fp32", allowed: float | None = None
+) -> tuple[float, float]:
+    """Output and gradients of one network in float64 on the CPU, in float32 there and by ``compute`` on the device."""
     rng = np.random.default_rng(0)
     x, dy, t = rng.standard_normal(shape), rng.standard_normal(shape), rng.integers(1, 100, shape[0])
     wiggle: list[np.ndarray] = []
 
     def passed(xp: ModuleType, dtype: str) -> list[np.ndarray]:
         net = make(xp=xp, dtype=dtype)
+        if xp is not np:
+            net.compute = compute
         if not wiggle:  # layers that start from zero would hide the ones before them
             wiggle.append(0.05 * rng.standard_normal(net.params.data.shape))
         net.params.data += xp.asarray(wiggle[0].astype(dtype))
+        net.params.refresh()
         labels = (xp.asarray(np.arange(shape[0]) % 3),) if net.config.get("classes") else ()
         net.params.zero_grad()
         with on(xp):
@@ -114,7 +130,8 @@ def _passes(xp: ModuleType, make: Callable[..., Any], shape: tuple[int, ...]) ->
         return [to_numpy(y.data), to_numpy(net.params.grad)]
 
     exact, plain, ours = passed(np, "float64"), passed(np, "float32"), passed(xp, "float32")
-    shares = [relative(o, e) / (FACTOR * relative(p, e) + FLOOR) for o, p, e in zip(ours, plain, exact, strict=True)]
+    limits = [FACTOR * relative(p, e) + FLOOR if allowed is None else allowed for p, e in zip(plain, exact, strict=True)]
+    shares = [relative(o, e) / limit for o, e, limit in zip(ours, exact, limits, strict=True)]
     return max(shares), 1.0
 
 
@@ -156,6 +173,24 @@ def _sampler(xp: ModuleType, name: str) -> tuple[float, float]:
 
     exact, plain, ours = sampled(np, "float64"), sampled(np, "float32"), sampled(xp, "float32")
     return relative(ours, exact), FACTOR * relative(plain, exact) + FLOOR
+
+
+def _captured(xp: ModuleType, name: str) -> tuple[float, float]:
+    """Elements of guided samples that differ between rows as graphs, for two batches, and rows as calls."""
+    net = UNet(8, channels=(8, 16), blocks=1, groups=4, classes=2, xp=xp)
+    net.compute = "bf16"
+    table = getattr(tables, name)(schedules.linear(1000), steps=5)
+    labels = xp.asarray(np.array([0, 1]))
+    model = guidance.classifier_free(net.predict, labels, 1.5, net.null)
+    kept, apart = Captured(), 0
+    for seed in (1, 2):
+        x_T = samplers.prior((2, 8, 8, 1), seed, xp=xp)
+        drawn = [samplers.sample(model, table, x_T, seed=seed, clip=(-1, 1), captured=how) for how in (False, kept)]
+        plain, rows = map(to_numpy, drawn)
+        apart += int((plain.view(np.uint32) != rows.view(np.uint32)).sum())
+    if kept.refused is not None:
+        raise RuntimeError(f"the capture was refused: {kept.refused}")
+    return float(apart), 0.0
 
 
 def _elementwise(xp: ModuleType) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The roofline: operations a second over operations a byte of every case, under what a copy and a product reach."""
+"""Pictures of the reports: every kernel's case under what a copy and a product reach, and how whole steps grow with the batch."""
 
 from pathlib import Path
 from typing import Any
@@ -50,5 +50,29 @@ def roofline(path: Path, speed: dict[str, Any], device: str) -> None:
     ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s", title=f"{device}: cases of 256 MiB, float32")
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8, loc="lower right")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def growth(path: Path, report: dict[str, Any], device: str) -> None:
+    """Draw images a second of whole steps over the batch, for each contestant. ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"steps": "training step", "trajectories": "50 DDIM steps"}
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for ax, (section, title) in zip(axes, titles.items(), strict=True):
+        rows = [r for r in report.get(section, {}).get("rows", ()) if "seconds" in r and r["precision"] == "bf16"]
+        for name, mark in (("alphabar", "o-"), ("eager", "_--"), ("compiled", "x")):
+            own = sorted((r["batch"], r["batch"] / r["seconds"][name]) for r in rows if name in r["seconds"])
+            ax.plot(
+                *(zip(*own, strict=True) if own else ([], [])), mark, label=name if name == "alphabar" else f"PyTorch, {name}"
+            )
+        ax.set(xscale="log", yscale="log", xlabel="batch", ylabel="images a second", title=f"{title}, bf16")
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=8)
+    fig.suptitle(device)
     fig.savefig(path, dpi=120)
     plt.close(fig)

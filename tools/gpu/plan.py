@@ -23,7 +23,12 @@ SECTIONS = (  # the order in which they run; what only a GPU can tell, and soone
     Section("speed", 200, "bandwidth and rate beside a copy, PyTorch eager and torch.compile"),
     Section("train", 35, "a short training by the public program"),
 )
-NAMES = tuple(s.name for s in SECTIONS)
+WHOLE = (  # of --train
+    Section("steps", 220, "whole training steps beside PyTorch eager and torch.compile"),
+    Section("trajectories", 130, "50 steps of DDIM beside them"),
+    Section("runs", 150, "trainings by the public program: losses beside the CPU's, sheets of samples"),
+)
+NAMES, WHOLE_NAMES = (tuple(s.name for s in sections) for sections in (SECTIONS, WHOLE))
 SECONDS = float(sum(s.kept for s in SECTIONS))
 
 
@@ -32,7 +37,7 @@ def limits(names: Sequence[str], seconds: float) -> dict[str, float]:
 
     Where ``seconds`` is less than what is kept for them together, every part shrinks alike.
     """
-    chosen = [s for s in SECTIONS if s.name in names]
+    chosen = [s for s in (*SECTIONS, *WHOLE) if s.name in names]
     scale = min(1.0, seconds / sum(s.kept for s in chosen)) if chosen else 1.0
     later = [sum(s.kept for s in chosen[i + 1 :]) for i in range(len(chosen))]
     return {s.name: seconds - scale * rest for s, rest in zip(chosen, later, strict=True)}

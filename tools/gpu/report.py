@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .plan import NAMES
+from .plan import NAMES, WHOLE_NAMES
 from .verdicts import mean, verdicts, word
 
 Report = dict[str, Any]
@@ -15,9 +15,10 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower().replace("nvidia", "")).strip("_") or "device"
 
 
-def paths(out: Path, device: str) -> tuple[Path, Path, Path]:
-    """(JSON, Markdown, picture): in the folder ``out``, or beside the JSON file that it names."""
-    folder, stem = (out.parent, out.stem) if out.suffix == ".json" else (out, f"gpu_{slug(device)}")
+def paths(out: Path, device: str, whole: bool = False) -> tuple[Path, Path, Path]:
+    """(JSON, Markdown, picture): in the folder ``out``, or beside the JSON file that it names. whole: those of --train."""
+    usual = f"gpu_{slug(device)}" + ("_train" if whole else "")
+    folder, stem = (out.parent, out.stem) if out.suffix == ".json" else (out, usual)
     return folder / f"{stem}.json", folder / f"{stem}.md", folder / f"{stem}.png"
 
 
@@ -43,7 +44,7 @@ def sections(report: Report) -> list[str]:
 
     return table(
         ("section", "seconds", "result"),
-        [[n, f"{report[n].get('took_s', 0):.1f}", said(report[n])] for n in NAMES if n in report],
+        [[n, f"{report[n].get('took_s', 0):.1f}", said(report[n])] for n in (*NAMES, *WHOLE_NAMES) if n in report],
         3,
     )
 
@@ -85,6 +86,50 @@ def resources(rows: list[Report]) -> list[str]:
     return table(head, [[str(r[k]) for k in keys] for r in rows])
 
 
+def whole_steps(rows: list[Report]) -> list[str]:
+    """One line for each whole step that was timed."""
+    head = ("precision", "batch", "alphabar, ms", "eager, ms", "compiled, ms", "to eager", "to compiled", "images a second")
+
+    def cells(r: Report) -> list[str]:
+        seconds = r["seconds"]
+        own = seconds["alphabar"]
+        others = [seconds.get(k) for k in ("eager", "compiled")]
+        times = [f"{own * 1e3:.2f}", *(f"{s * 1e3:.2f}" if s else "–" for s in others)]
+        return [
+            r["precision"],
+            str(r["batch"]),
+            *times,
+            *(f"{s / own:.2f}" if s else "–" for s in others),
+            f"{r['batch'] / own:,.0f}",
+        ]
+
+    return table(head, [cells(r) for r in rows if "seconds" in r], words=1)
+
+
+def trainings(part: Report) -> list[str]:
+    """One line for each run of the public program."""
+    head = ("run", "seconds", "loss at the end", "mean loss apart from the CPU's", "allowed", "")
+    cells = [
+        [
+            r["run"],
+            f"{r['seconds']:.1f}" if "seconds" in r else "–",
+            f"{r['last']['loss']:.4f}" if "last" in r else "–",
+            *(f"{r[k]:.1e}" if k in r else "–" for k in ("apart", "limit")),
+            "ok" if r["ok"] else "FAILED" if r["ok"] is False else r.get("skipped", "–"),
+        ]
+        for r in part["rows"]
+    ]
+    sheets = [f"![{r['run']}]({r['sheet']})" for r in part["rows"] if "sheet" in r]
+    return [*table(head, cells), *(line for sheet in sheets for line in ("", sheet))]
+
+
+WHOLE_CONDITIONS = """\
+The U-Net of DDPM for 32×32×3: 35.7 million parameters, 128, 256, 256, 256 channels, attention at 16×16. A training step draws t
+and the noise and makes forward pass, loss, backward pass, clipping, AdamW and the running average. CUDA events around some steps,
+contestants in turn, medians. PyTorch: channels last; bf16 by autocast in training, by cast weights in sampling; fused AdamW;
+compiled by torch.compile(mode="max-autotune"). "To eager", "to compiled": PyTorch's time over ours.""".splitlines()
+
+
 CONDITIONS = """\
 float32. CUDA events around each call, the L2 cache overwritten before it, contestants in turn within a case, medians. GB/s counts
 each operand once; a copy of 256 MiB, timed in turn with every case, is the yardstick (bytes read and written). "To eager", "to
@@ -114,6 +159,14 @@ def markdown(report: Report, picture: str | None, command: str) -> str:
         text += ["", "## Speed", "", *CONDITIONS, words, "", *summary(rows)]
         text += ["", f"![Roofline]({picture})"] if picture else []
         text += ["", "## Every case", "", *speeds(rows)]
+    titles = {"steps": "Training steps", "trajectories": "Trajectories of 50 DDIM steps"}
+    timed = {name: found for name in titles if (found := report.get(name, {}).get("rows"))}
+    if timed:
+        text += ["", *WHOLE_CONDITIONS, *(("", f"![Growth with the batch]({picture})") if picture else ())]
+        for name, own in timed.items():
+            text += ["", f"## {titles[name]}", "", *whole_steps(own)]
+    if report.get("runs", {}).get("rows"):
+        text += ["", "## Trainings by the public program", "", *trainings(report["runs"])]
     if checks := report.get("networks", {}).get("rows"):
         cells = [
             [r["check"], *(f"{r[k]:.1e}" if k in r else "–" for k in ("error", "limit")), "ok" if r["ok"] else "FAILED"]

@@ -13,9 +13,17 @@ SHARES = (  # (words, kernel, what its case must say, least share of a copy's ba
     ("AdamW+EMA", "adamw_ema", "", 0.90),
 )
 
+WHOLE = (  # (section, batch, words, least ratio to eager, to compiled)
+    ("steps", 128, "training step, bf16, batch 128", 1.3, 1.0),
+    ("trajectories", 1, "50 DDIM steps, bf16, batch 1", 3.0, 1.0),
+    ("trajectories", 16, "50 DDIM steps, bf16, batch 16", 3.0, 1.0),
+)
+
 
 def verdicts(report: dict[str, Any]) -> list[Row]:
     """One {"line", "found", "met"} for each promise; met None where it was not measured."""
+    if {"steps", "trajectories"} & report.keys():
+        return _whole(report)
     rows = [r for r in report.get("speed", {}).get("rows", ()) if "seconds" in r]
     large = [r for r in rows if r["size"] != "small"]
     noise = report.get("noise", {})
@@ -31,6 +39,19 @@ def verdicts(report: dict[str, Any]) -> list[Row]:
         met = all(s >= least for s in shares) if shares else None
         lines.append(_line(f"{words}: at least {least:.0%} of a copy", met, _range(shares)))
     return [*lines, *_compiled(rows)]
+
+
+def _whole(report: dict[str, Any]) -> list[Row]:
+    """Whole steps in bf16 against PyTorch eager and compiled."""
+    lines = []
+    for section, batch, words, to_eager, to_compiled in WHOLE:
+        rows = [r for r in report.get(section, {}).get("rows", ()) if (r["precision"], r["batch"]) == ("bf16", batch)]
+        seconds: dict[str, float] = next((r["seconds"] for r in rows if "seconds" in r), {})
+        for name, least in (("eager", to_eager), ("compiled", to_compiled)):
+            ratio = seconds[name] / seconds["alphabar"] if name in seconds else None
+            met = None if ratio is None else ratio >= least
+            lines.append(_line(f"{words}: at least {least:.1f}× torch {name}", met, "–" if ratio is None else f"{ratio:.2f}×"))
+    return lines
 
 
 def _compiled(rows: list[Row]) -> list[Row]:
