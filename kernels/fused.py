@@ -26,11 +26,12 @@ class Affine(NamedTuple):
     rstd: Array
 
 
-def taken(x: Array, w: Array) -> bool:
-    """Whether a norm of x (B, H, W, C) and the convolution by w (k, k, C, Cout), of stride 1, should be one.
+def taken(x: Array, w: Array, tail: Array | None = None) -> bool:
+    """Whether a norm of x (B, H, W, C), or of [x, tail], and the convolution by w (k, k, C, Cout), of stride 1, should be one.
 
     Where x is bfloat16, or float32 whose products may be of TF32; large, of channels by 16 bytes; the kernel 3×3; and where our
-    own kernels make the convolution and the gradient of its weights, with a tile's pixels brought once for all nine taps.
+    own kernels make the convolution and the gradient of its weights, with a tile's pixels brought once for all nine taps. Before
+    a tail the channels of x must come by the slabs in which the kernel takes them.
     """
     if type(x) is np.ndarray or w.shape[0] != 3 or x.size * x.dtype.itemsize < max(LEAST, 1) or not is_cupy(x):
         return False
@@ -39,8 +40,13 @@ def taken(x: Array, w: Array) -> bool:
     from .gpu import conv, conv_mma
     from .gpu.conv_shape import Shape
 
-    batch, height, width, channels = x.shape
-    shape = Shape.of(x.shape, w.shape[3], 3, 1, False, None)
+    batch, height, width, own = x.shape
+    channels = w.shape[2]
+    if tail is not None and (
+        own * x.dtype.itemsize % conv_mma.SLAB or channels * x.dtype.itemsize % 16 or not tail.flags.c_contiguous
+    ):
+        return False
+    shape = Shape.of((*x.shape[:3], channels), w.shape[3], 3, 1, False, None)
     if any(conv.how(kind, shape, x.dtype) != "mma" for kind in ("forward", "weight")):
         return False
     slabs = -(-channels * x.dtype.itemsize // conv_mma.SLAB)
@@ -65,20 +71,21 @@ def norm_conv2d(
     out: Array | None,
     added: Array | None,
     residual: Array | None,
+    tail: Array | None,
 ) -> tuple[Array, Affine]:
-    """(y, the norm): y = conv2d(group_norm_silu(x)), the last three arguments and w and bias those of the convolution."""
+    """(y, the norm): y = conv2d(group_norm_silu([x, tail])); w, bias, out, added and residual are those of the convolution."""
     from .gpu import conv_mma, norm_affine
 
-    norm = Affine(*norm_affine.group_affine(x, gamma, beta, groups, eps, scale, shift))
-    y = conv_mma.forward(x, w, bias, out=out, shift=added, residual=residual, norm=(norm.a, norm.b, silu))
+    norm = Affine(*norm_affine.group_affine(x, gamma, beta, groups, eps, scale, shift, tail))
+    y = conv_mma.forward(x, w, bias, out=out, shift=added, residual=residual, norm=(norm.a, norm.b, silu), tail=tail)
     return y, norm
 
 
-def backward_weight(x: Array, dy: Array, norm: Affine, silu: bool) -> tuple[Array, Array]:
+def backward_weight(x: Array, dy: Array, norm: Affine, silu: bool, tail: Array | None) -> tuple[Array, Array]:
     """(dw, dbias) of the convolution."""
     from .gpu import conv_mma_weight
 
-    return conv_mma_weight.backward_weight(x, dy, 3, norm=(norm.a, norm.b, silu))
+    return conv_mma_weight.backward_weight(x, dy, 3, norm=(norm.a, norm.b, silu), tail=tail)
 
 
 def joins(x: Array, tail: Array, w: Array) -> bool:

@@ -86,7 +86,8 @@ class Graph:
     like: an array of the library that the body computes with. On the CPU the first call is recorded, and later ones repeat it.
     On a GPU the first call runs in ``arena`` (one of its own, unless given), the second one is captured and launched, later ones
     are launched. Where that cannot be done every call is ``body()`` and ``refused`` says why. Where the kernels are chosen
-    otherwise (:func:`kernels.use`, the precision, the number of threads) than in the call that was kept, it is made anew.
+    otherwise (:func:`kernels.use`, the precision, the number of threads, ``ALPHABAR_CONV``) than in the call that was kept, it is
+    made anew.
     """
 
     def __init__(self, body: Body, like: Array, lasting: Sequence[Array] = (), arena: Arena | None = None) -> None:
@@ -131,7 +132,9 @@ class Graph:
             return plan.circumstances()
         if dispatch.chosen() != "auto" or capturing.get():
             return None
-        return (precisions.asked(),)
+        from .gpu import conv
+
+        return precisions.asked(), conv.chosen()
 
     def _record(self) -> None:
         made = plan.Plan(tuple(a for a in self._lasting if isinstance(a, np.ndarray)))

@@ -267,8 +267,9 @@ def norm_conv2d(
     """
     of_norm: tuple[Tensor | None, int] = scaled or (None, 0)
     of_conv: tuple[Tensor | None, int] = added or (None, 0)
-    inputs = tuple(z for z in (x, gamma, beta, w, b, of_norm[0], of_conv[0], residual) if z is not None)
-    if tail is not None or not fused.taken(x.data, w.data) or any(z.tangent is not None for z in inputs):
+    inputs = tuple(z for z in (x, gamma, beta, w, b, of_norm[0], of_conv[0], residual, tail) if z is not None)
+    after = None if tail is None else tail.data
+    if not fused.taken(x.data, w.data, after) or any(z.tangent is not None for z in inputs):
         normed = group_norm_silu(x, gamma, beta, groups, eps, silu, *of_norm, tail)
         return conv2d(normed, w, b, 1, False, None, *of_conv, residual, dtype)
     channels, weights = gamma.shape[0], _weights(w, x.data)
@@ -293,6 +294,7 @@ def norm_conv2d(
         out,
         more,
         None if residual is None else residual.data,
+        after,
     )
 
     # those of conv2d and of group_norm_silu, one after the other
@@ -304,16 +306,19 @@ def norm_conv2d(
         if residual is not None:
             residual.receive(dy)
         if w.needs_grad or b.needs_grad:
-            dw, db = fused.backward_weight(x.data, dy, norm, silu)
+            dw, db = fused.backward_weight(x.data, dy, norm, silu, after)
             w.receive(dw)
             b.receive(db)
-        dn = kernels.conv2d_backward_input(dy, weights, x.shape)
+        dn = kernels.conv2d_backward_input(dy, weights, (*x.shape[:3], channels))
+        dtail = None if after is None else buffers.empty(after.shape, after.dtype, array_module(after))
         dx, dgamma, dbeta, dscale, dshift = kernels.group_norm_silu_backward(
-            dn, x.data, gamma.data, beta.data, groups, norm.mean, norm.rstd, scale, shift, silu
+            dn, x.data, gamma.data, beta.data, groups, norm.mean, norm.rstd, scale, shift, silu, None, after, dtail
         )
         gamma.receive(dgamma)
         beta.receive(dbeta)
         x.receive(dx)
+        if tail is not None:
+            tail.receive(dtail)
         if scaled is not None:
             scaled[0].receive(dscale, scaled[1])
             scaled[0].receive(dshift, scaled[1] + channels)

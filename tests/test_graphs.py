@@ -10,7 +10,7 @@ from alphabar import kernels
 from alphabar.kernels import buffers, device_memory, elementwise, gpu
 from alphabar.kernels.arrays import to_numpy
 from alphabar.kernels.device_memory import OutOfDeviceMemory
-from alphabar.kernels.gpu import launch
+from alphabar.kernels.gpu import conv, launch
 from alphabar.kernels.graphs import Arena, Graph
 from alphabar.kernels.recording import NotCapturable, capturing
 from alphabar.kernels.uploads import Uploads
@@ -88,6 +88,12 @@ def test_another_precision_is_another_graph(xp: Any) -> None:
     with kernels.use("reference"):
         graph()
     assert body.calls == 2 * calls + 1 and graph.refused is None
+    for _ in range(3):
+        graph()
+    made = body.calls
+    with conv.choosing("own"):
+        graph()
+    assert body.calls == made + (xp is not np)  # which a CPU does not ask for
 
 
 def test_what_cannot_be_kept_is_done_plainly_and_rightly(xp: Any) -> None:

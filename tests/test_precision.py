@@ -329,6 +329,9 @@ def test_a_norm_goes_with_the_convolution_behind_it_where_that_is_worth_it(array
 
     large = (64, 32, 32, 128)
     assert taken(large) and taken(large, cout=3) and taken((32, 64, 64, 32))
+    for own, more, yes in ((128, 64, True), (48, 16, False), (64, 12, False)):
+        x, tail = (cupy.empty((256, 32, 32, n), bf16.BF16) for n in (own, more))
+        assert fused.taken(x, cupy.empty((3, 3, own + more, 128), bf16.BF16), tail) is yes
     assert not taken((16, 32, 32, 128)) and not taken((0, 32, 32, 128))  # small enough for the second cache
     assert not taken(large, kernel=1) and not taken((100, 32, 32, 124)) and not taken((4, 512, 256, 128))
     for precision, yes in (("default", False), ("tf32", True), ("high", False)):
@@ -342,16 +345,22 @@ def test_a_norm_goes_with_the_convolution_behind_it_where_that_is_worth_it(array
         assert not taken(large)
 
 
+@pytest.mark.parametrize("more", [0, 8])
 @pytest.mark.parametrize(("make", "silu"), [(np.float32, True), (bf16.BF16, False), (bf16.BF16, True)])
-def test_a_norm_in_one_with_its_convolution(device: HostedDevice, monkeypatch: pytest.MonkeyPatch, make: Any, silu: bool) -> None:
+def test_a_norm_in_one_with_its_convolution(
+    device: HostedDevice, monkeypatch: pytest.MonkeyPatch, make: Any, silu: bool, more: int
+) -> None:
+    own = 32 if more else 16
+    n = own + more
     shapes = {
-        "x": (2, 6, 5, 16),
-        "gamma": (16,),
-        "beta": (16,),
-        "w": (3, 3, 16, 8),
+        "x": (2, 6, 5, own),
+        "gamma": (n,),
+        "beta": (n,),
+        "w": (3, 3, n, 8),
         "b": (8,),
-        "emb": (2, 40),
+        "emb": (2, 2 * n + 8),
         "residual": (2, 6, 5, 8),
+        **({"tail": (2, 6, 5, more)} if more else {}),
     }
     rng = np.random.default_rng(4)
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -362,18 +371,20 @@ def test_a_norm_in_one_with_its_convolution(device: HostedDevice, monkeypatch: p
         device.launched.clear()
         z = {name: Tensor(cupy.asarray(value), needs_grad=True) for name, value in values.items()}
         x, residual = f.cast(z["x"], make), f.cast(z["residual"], make)
-        options = {"scaled": (z["emb"], 0), "added": (z["emb"], 32), "residual": residual, "dtype": np.float32}
+        options = {"scaled": (z["emb"], 0), "added": (z["emb"], 2 * n), "residual": residual, "dtype": np.float32}
+        tail = f.cast(z["tail"], make) if more else None
         with kernels.precision("tf32"):
-            y = f.norm_conv2d(x, z["gamma"], z["beta"], 4, 1e-5, z["w"], z["b"], silu, **options)
+            y = f.norm_conv2d(x, z["gamma"], z["beta"], 4, 1e-5, z["w"], z["b"], silu, tail=tail, **options)
         assert y.data.dtype == np.float32 and device.launched.count("norm_affine") == (least == 0)
         y.backward(d)
         with kernels.precision("tf32"):
             w = Tensor(z["w"].data, tangent=z["w"].data)  # f.norm_conv2d is linear in w
             if make == np.float32:
-                dot = f.norm_conv2d(x, z["gamma"], z["beta"], 4, 1e-5, w, Tensor(z["b"].data), silu, options["scaled"]).tangent
+                b = Tensor(z["b"].data)
+                dot = f.norm_conv2d(x, z["gamma"], z["beta"], 4, 1e-5, w, b, silu, options["scaled"], tail).tangent
                 assert dot is not None and device.launched.count("norm_affine") == (least == 0)
         gradients = {name: tensor.grad.get() for name, tensor in z.items()}
-        for part, columns in (("scale", slice(16)), ("shift", slice(16, 32)), ("added", slice(32, 40))):
+        for part, columns in (("scale", slice(n)), ("shift", slice(n, 2 * n)), ("added", slice(2 * n, 2 * n + 8))):
             gradients[part] = gradients["emb"][:, columns]
         found.append({"y": y.data.get()} | gradients)
     for name, want in found[0].items():
@@ -392,8 +403,9 @@ def test_a_network_with_norms_in_one_with_convolutions(device: HostedDevice, mon
             with nets.no_grad():
                 found.append(net(x, t, y, step=5).data.get())
             made = device.launched.count("norm_affine"), sum(name.startswith("norm_forward") for name in device.launched)
-            # 8 blocks with two norms each and the output's; 4 of [x, tail], and after dropout no second ones; attention has 4
-            fitting = (17 - 4 - (8 if dropout else 0)) * (least == 0)
+            # 8 blocks with two norms each and the output's; one of 16 channels before a tail, less than a slab; after dropout no
+            # second ones; attention has 4
+            fitting = (17 - 1 - (8 if dropout else 0)) * (least == 0)
             assert made == (fitting, 21 - fitting)
         assert apart(*found) < 5e-3
 

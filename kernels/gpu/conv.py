@@ -49,7 +49,8 @@ def choosing(choice: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def _chosen() -> str:
+def chosen() -> str:
+    """What :func:`choosing` or ALPHABAR_CONV asks for; ValueError where that is none that there is."""
     choice = _choice.get()
     if choice not in CHOICES:
         raise ValueError(f"ALPHABAR_CONV must be one of {CHOICES}, not {choice!r}")
@@ -84,7 +85,7 @@ def how(kind: str, shape: Shape, dtype: Any, precision: str | None = None, there
     """
     low = dtype == BF16
     own = "mma" if low or precisions.tf32(precision) else "plain"
-    choice = _chosen()
+    choice = chosen()
     if choice == "own" or shape.upsample or precisions.high(precision):
         return own
     there = _there(current(), choice) if there is None else there
