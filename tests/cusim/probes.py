@@ -159,7 +159,7 @@ def registry(tests: bool = True) -> Project:
     ]
     probes += [
         Probe(f"{name}{' shifted' if place is shifted else ''}", _of_case(case, place))
-        for name, case in cuda_cases.CASES.items()
+        for name, case in cuda_cases.EVERY.items()
         for place in (cuda_cases.aligned, shifted)
     ]
     return Project(FOLDER, (*probes, *(_of_tests() if tests else ())))
