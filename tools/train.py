@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   alphabar train --set method=d3pm --set diffusion.transition=gaussian    images in grey levels: also multinomial
   alphabar train --data kjv --set method=d3pm               text: the built-in one, or a .txt file
   alphabar train --set train.loss=hybrid --set train.importance=true      learn the variance of the steps too
+  alphabar train --device cuda --set train.precision=bf16   on a GPU, on its tensor cores
   alphabar train --resume auto                              go on with the latest run
   alphabar train --dry-run --set model.blocks=3             what would it cost?
 """
@@ -230,7 +231,8 @@ def _train(trainer: Trainer, run: runs.Run, options: Any, where: str) -> int:
         raise Failure(f"{run.path}: {e.strerror or e}") from e
     classes = f", {len(trainer.data.classes)} classes" if trainer.conditional else ""
     _say(options, f"data        {trainer.data.name}: {sources.described(trainer.data)}{classes}")
-    _say(options, f"network     {trainer.net.params.count:,} parameters on {where}")
+    within = "" if trainer.net.computes == "fp32" else f" in {trainer.net.computes}"
+    _say(options, f"network     {trainer.net.params.count:,} parameters on {where}{within}")
     _say(options, f"run folder  {run.path}" + (f", going on after step {start:,} of {total:,}" if start else ""))
     if where == "cpu" and start < total:
         compiling.ahead(compiling.needed(networks.kind_of(trainer.net), trainer.config.method, training=True), options.quiet)
