@@ -13,6 +13,7 @@ import numpy as np
 
 from . import dispatch, recording
 from .arrays import is_cupy, is_native
+from .bf16 import BF16
 from .reference.stepping import LEVEL, adamw_row
 
 __all__ = ["LEVEL", "adamw_ema_by_table", "adamw_row", "count", "draw_levels", "example", "verdict"]
@@ -126,8 +127,8 @@ def adamw_ema_by_table(
     """:func:`adamw_ema` by row ``counter[0]`` of a table in place of the numbers that change; past its end by the last row.
 
     param, grad, m, v, ema (n,) float32; rows (r, 5) float32, each from :func:`adamw_row`; counter (1,) int32. Where norm_sq (1,)
-    float64 is not finite nothing changes. Each backend gives the bits of its ``adamw_ema``. ``low``: as there. Raises TypeError
-    or ValueError for arrays of another dtype or shape.
+    float64 is not finite nothing changes. Each backend gives the bits of its ``adamw_ema``. ``low`` (n,) bfloat16, on a GPU
+    alone, takes the new weights rounded. Raises TypeError or ValueError for arrays of another dtype or shape.
     """
     for name, a in (("param", param), ("grad", grad), ("m", m), ("v", v), ("ema", ema)):
         _check(name, a, np.float32, (param.size,), a is not grad)
@@ -136,6 +137,8 @@ def adamw_ema_by_table(
         raise ValueError("rows must not be empty")
     _check("counter", counter, np.int32, (1,))
     _check("norm_sq", norm_sq, np.float64, (1,))
+    if low is not None:
+        _check("low", low, BF16, param.shape)
     beside = {} if low is None else {"low": low}
     _backend(param, grad, m, v, ema, rows, counter, norm_sq).adamw_ema_by_table(
         param, grad, m, v, ema, rows, counter, beta1, beta2, eps, norm_sq, max_norm, **beside
