@@ -12,8 +12,8 @@ import numpy as np
 from alphabar.kernels import gpu, precision, reference
 from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.gpu import attend_mma
+from tests.cuda_arrays import Place
 
-Place = Callable[[np.ndarray], np.ndarray]
 Round = Callable[[np.ndarray], np.ndarray]
 KINDS = ("bf16", "tf32")
 SHAPES = {  # every size of a kernel; tokens of less than a warp, of one tile, of some; heads that fill their kernel or do not

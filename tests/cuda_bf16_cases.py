@@ -11,8 +11,8 @@ import numpy as np
 from alphabar.kernels import gpu, reference
 from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.gpu import elementwise
+from tests.cuda_arrays import Place, normal
 
-Place = Callable[[np.ndarray], np.ndarray]
 SHAPES = {  # channels in eights, fours, pairs and odd; a sum over places in slices
     "one": (1, 1, 1),
     "odd": (3, 5, 7),
@@ -29,10 +29,6 @@ NORMS = {  # (shape, groups, channels of x before the tail): slabs that a block 
     "in parts": ((1, 64, 64, 24), 3, 20),
     "in parts, one at a time": ((1, 50, 100, 10), 5, 3),
 }
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def packed(seed: int, *shape: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from tests import (
     cuda_norm_affine_cases,
     cuda_sampling_cases,
 )
+from tests.cuda_arrays import Place, normal
 
-Place = Callable[[np.ndarray], np.ndarray]
 Case = Callable[[Place], None]
 SHAPES = {
     "one": (1, 1, 1),
@@ -32,19 +32,6 @@ SHAPES = {
     "slices": (1, 4100, 33),
     "empty": (2, 0, 4),
 }
-
-
-def aligned(a: np.ndarray) -> np.ndarray:
-    """A copy that begins at a multiple of 16."""
-    buffer = np.empty(a.nbytes + 16, np.uint8)
-    start = -buffer.ctypes.data % 16
-    copy = buffer[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
-    copy[...] = a
-    return copy
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def sums_and_copies(shape: tuple[int, ...], place: Place) -> None:

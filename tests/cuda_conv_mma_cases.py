@@ -15,9 +15,9 @@ from alphabar.kernels import reference
 from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.gpu import conv_mma
 from alphabar.kernels.gpu.launch import aligned
+from tests.cuda_arrays import Place
 
 Array = np.ndarray
-Place = Callable[[Array], Array]
 KINDS = ("bf16", "tf32")
 
 

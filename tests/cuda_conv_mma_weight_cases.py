@@ -14,9 +14,9 @@ import numpy as np
 from alphabar.kernels import reference
 from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.gpu import conv_mma_weight
+from tests.cuda_arrays import Place
 
 Array = np.ndarray
-Place = Callable[[Array], Array]
 KINDS = ("bf16", "tf32")
 
 

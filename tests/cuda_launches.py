@@ -17,7 +17,7 @@ from tests import (
     cuda_norm_affine_cases,
     cuda_sampling_cases,
 )
-from tests.cuda_cases import aligned
+from tests.cuda_arrays import aligned
 from tests.cusim.probes import shifted, shifted_launcher
 
 Shape = tuple[int, int]  # threads of a block, bytes of dynamic shared memory

@@ -8,9 +8,9 @@ import numpy as np
 from alphabar.kernels import reference
 from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.gpu import norm_affine
+from tests.cuda_arrays import Place
 
 Array = np.ndarray
-Place = Callable[[Array], Array]
 Norm = tuple[tuple[int, ...], int, int | None]
 # shape of x, groups, channels of x before its tail; the third, the fifth and the last take their places in parts
 NORMS: list[Norm] = [

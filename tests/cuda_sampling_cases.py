@@ -6,13 +6,9 @@ import numpy as np
 
 from alphabar.kernels import gpu
 from alphabar.kernels.gpu import launch, sampling
+from tests.cuda_arrays import Place, normal
 
-Place = Callable[[np.ndarray], np.ndarray]
 DTYPES = (np.float32, np.int32, np.float64, np.int64)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def times_told(batch: int, place: Place) -> None:

@@ -12,8 +12,8 @@ from alphabar.kernels.bf16 import BF16, pack, unpack
 from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import attend_mma
 from tests import cusim
+from tests.cuda_arrays import aligned
 from tests.cuda_attention_cases import KINDS, SHAPES, all_cases, budget, case, computed, exact, inputs, numbers, rounded
-from tests.cuda_cases import aligned
 from tests.cusim.probes import shifted
 
 pytestmark = [

@@ -10,7 +10,7 @@ from alphabar.kernels import gpu
 from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import conv_mma_weight
 from tests import cusim
-from tests.cuda_cases import aligned
+from tests.cuda_arrays import aligned
 from tests.cuda_conv_mma_weight_cases import (
     CONVS,
     KINDS,

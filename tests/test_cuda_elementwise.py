@@ -16,7 +16,8 @@ from alphabar.kernels.compile import FOLDER, source
 from alphabar.kernels.gpu import elementwise, launch
 from alphabar.kernels.reference.random import cos_sin, minus_2_log
 from tests import cuda_audit, cusim, fake_cupy
-from tests.cuda_cases import CASES, aligned, normal
+from tests.cuda_arrays import aligned, normal
+from tests.cuda_cases import CASES
 from tests.cusim.probes import shifted, unwritten
 
 pytestmark = [

@@ -17,7 +17,7 @@ from alphabar.kernels.recording import NotCapturable
 from alphabar.kernels.reference.discrete import uniform
 from alphabar.kernels.reference.random import words
 from alphabar.kernels.streams import SAMPLER
-from tests import cuda_cases, cusim
+from tests import cuda_arrays, cuda_cases, cusim
 from tests.cusim.probes import launcher, shifted, shifted_launcher
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_the_cases_reach_every_kernel_of_every_file(host: cusim.Host) -> None:
             for call in (launcher, shifted_launcher):
                 call(kernel.name, *accuracy.arguments(kernel, case))
     for other in cuda_cases.EVERY.values():
-        other(cuda_cases.aligned), other(shifted)
+        other(cuda_arrays.aligned), other(shifted)
     exported = {name for path in FILES for name in cusim.kernels(path)}
     assert exported == set(host.launched)
 

@@ -11,7 +11,7 @@ from alphabar.kernels.bf16 import BF16, pack
 from alphabar.kernels.compile import FOLDER
 from alphabar.kernels.gpu import norm
 from tests import cuda_bf16_cases, cusim
-from tests.cuda_cases import aligned
+from tests.cuda_arrays import aligned
 from tests.cusim.probes import shifted
 
 pytestmark = [

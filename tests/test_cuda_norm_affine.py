@@ -6,7 +6,7 @@ import pytest
 from alphabar.kernels import gpu
 from alphabar.kernels.gpu import norm, norm_affine
 from tests import cusim
-from tests.cuda_cases import aligned
+from tests.cuda_arrays import aligned
 from tests.cuda_norm_affine_cases import NORMS, Norm, Place, arrays, case, parameters
 from tests.cusim.probes import shifted
 

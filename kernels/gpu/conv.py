@@ -20,7 +20,6 @@ import numpy as np
 from .. import precisions
 from ..bf16 import BF16
 from ..buffers import empty
-from ..reference import conv_output_size, conv_padding
 from . import cublaslt, cudnn, elementwise
 from .conv_shape import Shape
 from .launch import THREADS, Device, aligned, blocks, current, i32
@@ -105,17 +104,12 @@ DEPTH = 16  # and the length of the sum that it holds at a time
 ENOUGH_BLOCKS = 256  # below this the sum of the weight gradient is cut into slices; fixed, so that the order of the sum is
 
 
-def _conv_shape(
-    x_shape: tuple[int, ...], cout: int, kernel: int, stride: int, upsample: bool, pad: tuple[int, int] | None
-) -> tuple:
-    """(rows, cols, the eleven sizes that every kernel takes)."""
-    batch, height, width, cin = x_shape
-    rows, cols = (conv_output_size(n, kernel, stride, upsample, pad) for n in (height, width))
-    factor = 2 if upsample else 1
-    i32(batch * max(height * width, rows * cols))
-    i32(kernel * kernel * factor * factor * max(cin, cout) + DEPTH)
-    before = conv_padding(kernel, pad)[0]
-    return rows, cols, tuple(map(i32, (batch, height, width, cin, rows, cols, cout, kernel, stride, before, factor)))
+def _sizes(s: Shape) -> tuple:
+    """The eleven sizes that every kernel takes."""
+    factor = 2 if s.upsample else 1
+    i32(s.batch * max(s.height * s.width, s.rows * s.cols))
+    i32(s.kernel * s.kernel * factor * factor * max(s.cin, s.cout) + DEPTH)
+    return tuple(map(i32, (s.batch, s.height, s.width, s.cin, s.rows, s.cols, s.cout, s.kernel, s.stride, s.before, factor)))
 
 
 def _tiles(n: int) -> int:
@@ -155,25 +149,15 @@ def conv2d(
         from . import conv_mma
 
         return conv_mma.forward(x, w, bias, stride, upsample, pad, out, shift, residual)
-    return _plain(x, w, bias, stride, upsample, pad, out, shift, residual)
+    return _plain(x, w, bias, shape, out, shift, residual)
 
 
 def _plain(
-    x: Array,
-    w: Array,
-    bias: Array | None,
-    stride: int,
-    upsample: bool,
-    pad: tuple[int, int] | None,
-    out: Array,
-    shift: Array | None,
-    residual: Array | None,
+    x: Array, w: Array, bias: Array | None, shape: Shape, out: Array, shift: Array | None, residual: Array | None
 ) -> Array:
-    kernel, _, cin, cout = w.shape
-    rows, cols, sizes = _conv_shape(x.shape, cout, kernel, stride, upsample, pad)
-    grid = (_tiles(x.shape[0] * rows * cols), _tiles(cout))
-    name = f"conv_forward_{_conv_suffix(cin, cout, x, w, bias, shift, residual, out)}"
-    current().launch("conv", name, grid, (THREADS,), (x, w, bias, shift, residual, out, *sizes))
+    grid = (_tiles(shape.places), _tiles(shape.cout))
+    name = f"conv_forward_{_conv_suffix(shape.cin, shape.cout, x, w, bias, shift, residual, out)}"
+    current().launch("conv", name, grid, (THREADS,), (x, w, bias, shift, residual, out, *_sizes(shape)))
     return out
 
 
@@ -202,9 +186,8 @@ def conv2d_backward_input(
         from . import conv_mma
 
         return conv_mma.backward_input(dy, w, tuple(input_shape), stride, upsample, pad, out)
-    _, _, sizes = _conv_shape(tuple(input_shape), cout, kernel, stride, upsample, pad)
     grid = (_tiles(prod(input_shape[:3])), _tiles(cin))
-    device.launch("conv", f"conv_input_{_conv_suffix(cin, cout, dy, w, out)}", grid, (THREADS,), (dy, w, out, *sizes))
+    device.launch("conv", f"conv_input_{_conv_suffix(cin, cout, dy, w, out)}", grid, (THREADS,), (dy, w, out, *_sizes(shape)))
     return out
 
 
@@ -234,24 +217,20 @@ def conv2d_backward_weight(
         from . import conv_mma_weight
 
         return conv_mma_weight.backward_weight(x, dy, kernel, stride, upsample, pad, out)
-    return _plain_weight(x, dy, kernel, stride, upsample, pad, out)
+    return _plain_weight(x, dy, shape, out)
 
 
-def _plain_weight(
-    x: Array, dy: Array, kernel: int, stride: int, upsample: bool, pad: tuple[int, int] | None, out: Array
-) -> tuple[Array, Array]:
-    device = current()
-    cin, cout = x.shape[3], dy.shape[3]
-    rows, cols, sizes = _conv_shape(x.shape, cout, kernel, stride, upsample, pad)
+def _plain_weight(x: Array, dy: Array, shape: Shape, out: Array) -> tuple[Array, Array]:
+    device, cin, cout = current(), shape.cin, shape.cout
     dbias = empty((cout,), dy.dtype, device.xp)
-    places, lines = x.shape[0] * rows * cols, kernel * kernel * cin
+    places, lines = shape.places, shape.kernel**2 * cin
     tiles = _tiles(lines) * _tiles(cout)
     per_slice = -(-places // max(1, min(ENOUGH_BLOCKS // tiles, places // (4 * DEPTH))))
     per_slice = -(-per_slice // DEPTH) * DEPTH
     count = -(-places // per_slice)
     slices = empty((count, lines + 1, cout), dy.dtype, device.xp)
     name = f"conv_weight_{_conv_suffix(cin, cout, x, dy)}"
-    device.launch("conv", name, (_tiles(lines), _tiles(cout), count), (THREADS,), (x, dy, slices, i32(per_slice), *sizes))
+    device.launch("conv", name, (_tiles(lines), _tiles(cout), count), (THREADS,), (x, dy, slices, i32(per_slice), *_sizes(shape)))
     args = (slices, out, dbias, i32(count), np.int64(lines * cout), i32(cout))
     device.launch("conv", "conv_sum", blocks((lines + 1) * cout), (THREADS,), args)
     return out, dbias

@@ -18,7 +18,7 @@ import numpy as np
 from alphabar.kernels import TABLE, accuracy, gpu
 from alphabar.kernels.bf16 import BF16
 from alphabar.kernels.compile import FOLDER
-from tests import cuda_cases
+from tests import cuda_arrays, cuda_cases
 
 from .launching import Host
 
@@ -111,7 +111,7 @@ def _of_registry(name: str, case: int, call: Any) -> Callable[[Host], None]:
     return probe
 
 
-def _of_case(case: cuda_cases.Case, place: cuda_cases.Place) -> Callable[[Host], None]:
+def _of_case(case: cuda_cases.Case, place: cuda_arrays.Place) -> Callable[[Host], None]:
     def probe(device: Host) -> None:
         with gpu.on(device):
             case(place)
@@ -160,7 +160,7 @@ def registry(tests: bool = True) -> Project:
     probes += [
         Probe(f"{name}{' shifted' if place is shifted else ''}", _of_case(case, place))
         for name, case in cuda_cases.EVERY.items()
-        for place in (cuda_cases.aligned, shifted)
+        for place in (cuda_arrays.aligned, shifted)
     ]
     return Project(FOLDER, (*probes, *(_of_tests() if tests else ())))
 
