@@ -58,6 +58,8 @@ def _check_seed(seed: int) -> None:
 def draw_levels(rows: Array, step: Array, seed: int, t: Array, levels: Array) -> None:
     """t_k = 1 + ⌊u_k·T⌋ for every sample k of a batch, and the row of its level: levels[:, k] = rows[t_k].
 
+    Eq: S1-A1, S4-A1.
+
     rows (T+1, columns) float32, of which row 0 is never drawn; step (1,) int32, the training step; u_k the numbers of
     :func:`alphabar.core.forward.random_times`, whose bits the times have. Written: t (B,) float64, levels (columns, B) float32.
     Raises TypeError or ValueError for arrays of another dtype or shape.
@@ -75,6 +77,8 @@ def draw_levels(rows: Array, step: Array, seed: int, t: Array, levels: Array) ->
 
 def example(images: Array, levels: Array, step: Array, seed: int, x: Array, target: Array) -> None:
     """x = scale·(signal·x0 + noise·ε) and target = on_x0·x0 + on_eps·ε of x0 = u/127.5 − 1, in one pass.
+
+    Eq: S1-A1, S4-A1.
 
     images u (B, …) uint8; levels (6, B) float32, rows as in ``LEVEL`` (the last is not read here); ε of (seed, step, place in
     the batch), step (1,) int32. Written: x, target float32 like images. Every operation is rounded once: the same bits
