@@ -10,22 +10,13 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .jit import jit
-from .vector import _I64, _MANY, _ZERO, COLS, LANES, NARROW, ROWS, Emit
+from .vector import _I64, _MANY, _ZERO, COLS, LANES, LINE, NARROW, ROWS, Emit
 
 SHORT = 4 if _MANY else 2  # rows of the tile for what is left over
 DOTS = 6 if _MANY else 3  # rows of the dot tile,
 FEW = 4  # and its columns
 
 _QUAD = ir.VectorType(ir.FloatType(), FEW)
-
-
-def _ask(builder: Any, address: Any, write: bool) -> None:
-    """Ask for the cache line at an address, to read or to write it."""
-    pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-    name, known = "llvm.prefetch.p0", builder.module.globals
-    kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-    f = known[name] if name in known else ir.Function(builder.module, kind, name)
-    builder.call(f, [builder.inttoptr(address, pointer), i32(int(write)), i32(3), i32(1)])
 
 
 def _rows_of(count: int, asking: bool) -> Any:
@@ -52,8 +43,8 @@ def _rows_of(count: int, asking: bool) -> Any:
             start = e.pair(first)
             for m in range(count):
                 row = builder.add(e.load(e.plus(out, 8 * m), _I64), offset)
-                for at in range(0, 4 * COLS, 64):
-                    _ask(builder, e.plus(row, at), True)
+                for at in range(0, 4 * COLS, LINE):
+                    e.ask(e.plus(row, at), write=True)
 
             def tap(t: Any, carry: list) -> list:
                 table = builder.add(rows, builder.mul(t, stride))
@@ -63,7 +54,7 @@ def _rows_of(count: int, asking: bool) -> Any:
                     at = builder.mul(k, _I64(4))
                     panel, ahead, *sums = inner
                     if asking:
-                        _ask(builder, ahead, False)
+                        e.ask(ahead)
                         ahead = builder.add(ahead, pace)
                     return [builder.add(panel, step), ahead, *e.products([builder.add(a, at) for a in left], panel, sums)]
 
@@ -171,7 +162,7 @@ def _columns_of(asking: bool) -> Any:
             def body(k: Any, carry: list) -> list:
                 left = builder.add(e.load(builder.add(rows, builder.mul(k, _I64(8))), _I64), offset)
                 if asking:
-                    _ask(builder, builder.add(ahead, builder.mul(k, pace)), False)
+                    e.ask(builder.add(ahead, builder.mul(k, pace)))
                 made = e.products([e.plus(left, 4 * m) for m in range(NARROW)], carry[0], carry[1:])
                 return [e.plus(carry[0], 4 * COLS), *made]
 
@@ -211,8 +202,8 @@ def _line_tile(
         ahead = [builder.mul(pace, _I64(m)) for m in range(NARROW)]
         to = [builder.add(out, builder.mul(apart, _I64(m))) for m in range(NARROW)]
         for row in to:
-            for at in range(0, 4 * COLS, 64):
-                _ask(builder, e.plus(row, at), True)
+            for at in range(0, 4 * COLS, LINE):
+                e.ask(e.plus(row, at), write=True)
 
         def tap(t: Any, carry: list) -> list:
             from_line = builder.add(left, builder.mul(t, line))

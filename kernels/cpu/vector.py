@@ -36,6 +36,7 @@ _MANY = _WIDE or platform.machine() in ("aarch64", "arm64")  # 32 vector registe
 ROWS = 12 if _MANY else 6  # rows of the tile whose left operand is read by row
 NARROW = 8 if _MANY else 4  # rows of the tile whose left operand is read by column
 COLS = 2 * LANES
+LINE = 64  # bytes that a cache holds together
 
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VEC = ir.VectorType(_FLOAT, LANES)
@@ -121,6 +122,14 @@ class Emit:
 
     def store(self, value: Any, address: Any) -> None:
         self.b.store(value, self.b.inttoptr(address, _VEC.as_pointer())).align = 4
+
+    def ask(self, address: Any, write: bool = False) -> None:
+        """Ask for the cache line at an address, to read or to write it; there need not be memory."""
+        pointer = ir.IntType(8).as_pointer()
+        name, known = "llvm.prefetch.p0", self.b.module.globals
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        f = known[name] if name in known else ir.Function(self.b.module, kind, name)
+        self.b.call(f, [self.b.inttoptr(address, pointer), _I32(int(write)), _I32(3), _I32(1)])
 
     def broadcast(self, address: Any) -> Any:
         undefined = ir.Constant(_VEC, ir.Undefined)

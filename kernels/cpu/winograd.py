@@ -124,6 +124,9 @@ def _convolve(
     doubled,
     size,
     groups,
+    apart,
+    to_apart,
+    behind,
     room,
     zeros,
     workers,
@@ -131,6 +134,7 @@ def _convolve(
     """``doubled``: x becomes twice as large first (out is), or out is the sum over the doubled places (x is larger).
 
     ``groups`` of the columns of one block after the other are tasks; where there is one group, each worker has a range of tiles.
+    Points of the sources lie ``apart`` in ``room``, from ``behind`` on, those of the products ``to_apart`` from its start on.
     """
     batch, height, width, depth = x.shape
     rows_out, cols_out, channels = out.shape[1], out.shape[2], out.shape[3]
@@ -140,11 +144,10 @@ def _convolve(
     tiles = batch * high * wide
     tasks, shorts = (tiles + size - 1) // size * groups, (tiles + SHORT - 1) // SHORT
     points, onto = u.shape[0], doubled and rows_out > height
-    apart, to_apart = size * depth + _APART, size * each * COLS + _APART
     line, to_line, nothing = 4 * width * depth, 4 * cols_out * channels, zeros.ctypes.data
     for worker in prange(workers):
         own, table = room[worker], np.empty((2, points, size), np.int64)
-        source, made, first = own.ctypes.data, own[points * apart :].ctypes.data, own[points * (apart + to_apart) :]
+        made, source, first = own.ctypes.data, own[behind:].ctypes.data, own[behind + points * apart :]
         outside = first[channels:].ctypes.data
         for point in range(points):
             for t in range(size):
@@ -226,13 +229,18 @@ def convolve(x, w, bias, out, upsample=False, backward=False, shift=None, residu
     groups = 1 if tiles >= workers * _BLOCK else max(1, min(columns, -(-_TASKS * workers // -(-tiles // size))))
     each = -(-columns // groups)
     groups = -(-columns // each)
-    room = buffers.empty((workers, points * (size * (depth + each * COLS) + 2 * _APART) + channels + LANES), np.float32)
+    apart, to_apart = size * depth + _APART, size * each * COLS + _APART
+    if groups == 1:  # nobody reads a source again: the products of a point take the place of the sources of the point before
+        behind = apart = to_apart = max(apart, to_apart)
+    else:
+        behind = points * to_apart
+    room = buffers.empty((workers, behind + points * apart + channels + LANES), np.float32)
     extra = (
         *(room[0] if bias is None else bias, bias is not None),
         *(room if shift is None else shift, shift is not None),
         *(out if residual is None else residual, residual is not None),
     )
-    _convolve(x, u, *extra, out, upsample, size, groups, room, ZEROS, workers)
+    _convolve(x, u, *extra, out, upsample, size, groups, apart, to_apart, behind, room, ZEROS, workers)
     return out
 
 

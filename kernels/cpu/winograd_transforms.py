@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .vector import Emit
+from .vector import LINE, Emit
 
 TILE = 4  # side of a tile of results
 POINTS, FEWER = 36, 25  # products of a tile; where the image is doubled first
@@ -115,7 +115,7 @@ def _read(transform: Transform, side: int) -> Any:
     """An intrinsic (image, row, col, height, width, row_bytes, col_bytes, nothing, to, step): a square to its transform.
 
     The square of ``side`` places begins at (row, col) of an image of height × width places; places outside are read at
-    ``nothing``, where zeros are. Vector i goes to ``to`` + i·``step``.
+    ``nothing``, where zeros are. Vector i goes to ``to`` + i·``step``. The cache is asked for the next vectors of the places.
     """
 
     @intrinsic
@@ -137,6 +137,9 @@ def _read(transform: Transform, side: int) -> Any:
 
             for i, v in enumerate(_square(e, transform, [at(i, j) for i in range(side) for j in range(side)])):
                 e.store(v, b.add(to, b.mul(step, _I64(i))))
+            for i in range(side):
+                for j in range(side):
+                    e.ask(b.add(starts[i], e.plus(ahead[j], LINE)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), codegen
