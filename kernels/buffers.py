@@ -39,8 +39,10 @@ class _Lease(np.ndarray):
     shelf: _Shelf
 
     def __del__(self) -> None:
-        if hasattr(self, "block"):
+        try:
             self.shelf.append(self.block)
+        except AttributeError:
+            pass
 
 
 def _size(nbytes: int) -> int:

@@ -147,23 +147,25 @@ def kernel(name: str) -> Callable[..., Any]:
     names = tuple(defaults)
     written, tables, dtypes = _WRITTEN.get(name, _RESULTS), _TABLES.get(name, frozenset()), _DTYPES[name]
     sequences = tuple(k for k in _SEQUENCES if k in defaults)
-    directly, takes_bf16 = _DIRECTLY.get(name), name in _BF16
+    takes_bf16, on_cpu, directly = name in _BF16, ("cpu", name), ("cpu", _DIRECTLY[name]) if name in _DIRECTLY else None
     forms: dict[tuple, tuple[str, ...]] = {}  # of calls whose arguments have fitted the signature: their names in order
 
     @functools.wraps(definition)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if directly is not None and _choice.get() == "auto":
+            try:
+                result = (_loaded.get(directly) or _load(*directly))(*args, **kwargs)
+            except TypeError:  # arguments that do not fit the signature: said below
+                result = None
+            if result is not None:
+                return result
         said = forms.get((len(args), *kwargs))
         if said is None:
             signature.bind(*args, **kwargs)  # raises what Python raises
             said = forms[len(args), *kwargs] = (*names[: len(args)], *kwargs)
-        if _choice.get() == "auto":
-            if directly is not None:
-                result = (_loaded.get(("cpu", directly)) or _load("cpu", directly))(*args, **kwargs)
-                if result is not None:
-                    return result
-            if _as_they_are(zip(said, (*args, *kwargs.values()), strict=True), tables, dtypes):
-                check(*args, **kwargs)
-                return (_loaded.get(("cpu", name)) or _load("cpu", name))(*args, **kwargs)
+        if _choice.get() == "auto" and _as_they_are(zip(said, (*args, *kwargs.values()), strict=True), tables, dtypes):
+            check(*args, **kwargs)
+            return (_loaded.get(on_cpu) or _load(*on_cpu))(*args, **kwargs)
         given = defaults | dict(zip(said, (*args, *kwargs.values()), strict=True))
         for k in sequences:
             if type(given[k]) is list:

@@ -27,7 +27,7 @@ def test_definition_checks_and_cpu_share_one_signature(name: str) -> None:
     assert parameters(getattr(reference, name)) == parameters(getattr(cpu, name)) == parameters(getattr(checks, name))
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7), (7,), (0, 4), (40, 32, 32)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (7,), (0, 4), (40, 32, 32), (21, 150, 151)])
 def test_a_direct_step_is_the_step(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)
     x, m = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))

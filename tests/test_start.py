@@ -309,6 +309,13 @@ class Recorded:
         self.calls.append(f"-{name}")
 
 
+def test_others_functions_without_a_module_are_compiled_as_ever() -> None:
+    space: dict[str, Any] = {}
+    exec("def increment(x): return x + 1", space)
+    assert space["increment"].__module__ is None
+    assert numba.njit(space["increment"])(1) == 2
+
+
 def test_listeners_are_told_also_of_failures() -> None:
     first, second = Recorded(), Recorded()
     with compiling.told(first):

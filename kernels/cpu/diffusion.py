@@ -5,6 +5,7 @@ come in. Every operand of a place is read before anything is written there, so t
 Operations and their order are those of the definition, each rounded once: the results are the same bits.
 """
 
+import numba
 import numpy as np
 from numba import prange
 
@@ -19,8 +20,10 @@ from .vector import LANES
 
 MADE, GIVEN = 1, 2
 PAST = 48 << 20  # bytes of all operands and results; what is larger is written past the caches, which saves reading it first
+FAR, SHARED = 5 << 19, 24 << 20  # bytes of them for each worker, and of all: between, they lie in a cache that cores share
 LONG = 1 << 14  # places of a span without noise to make
 _LINE = 16  # floats of a cache line
+_AHEAD = 12 * _LINE  # how many places before their use operands are called from there
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -146,29 +149,21 @@ def _row(j, count, operands, skip, k, depth, guided, noisy, keep, clip, past, pa
 
 
 @jit(forceinline=True)
-def _along(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past):
-    store, out = operands[7], operands[8]
+def _along(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past, far):
+    """Row k on start..end. Operands that lie ``far`` are called ahead, which the hardware alone does too late."""
+    x, m, store, out = operands[0], operands[1], operands[7], operands[8]
     j, how = start, (skip, k, depth, guided, noisy, keep, clip)
     if past:
         j = min(end, start + misplaced(out, start))
         _row(start, j - start, operands, *how, False, False)
     past_store = past and misplaced(store, j) == 0
     while j + LANES <= end:
+        if far:
+            prefetch(x, j + _AHEAD)
+            prefetch(m, j + _AHEAD)
         _row(j, LANES, operands, *how, past, past_store)
         j += LANES
     _row(j, end - j, operands, *how, False, False)
-
-
-@jit
-def _span(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past):
-    """Row k on start..end. The two commonest forms have loops of their own."""
-    many = depth > 0 or guided or noisy or keep
-    if not many and not clip:
-        _along(start, end, operands, 0, k, 0, False, False, False, False, past)
-    elif not many:
-        _along(start, end, operands, 0, k, 0, False, False, False, True, past)
-    else:
-        _along(start, end, operands, skip, k, depth, guided, noisy, keep, clip, past)
 
 
 @jit
@@ -188,11 +183,18 @@ def _spans(first, last, size, length, operands, k, depth, guided, source, keep, 
             _call_ahead(at[0], start, end)
             _call_ahead(at[1], start, end)
             fill_block(z, end - start, part, n, words)
-            _span(start, end, made, start, k, depth, guided, True, keep, clip, past)
+            _along(start, end, made, start, k, depth, guided, True, keep, clip, past, False)
         else:
-            _span(start, end, given, 0, k, depth, guided, source == GIVEN, keep, clip, past)
+            _along(start, end, given, 0, k, depth, guided, source == GIVEN, keep, clip, past, False)
     if past:
         drain()
+
+
+@jit
+def _coefficients(rows, i, low, high):
+    """What a row does: its coefficients and the bounds of x0."""
+    r = rows[i]
+    return r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], low, high
 
 
 @jit
@@ -201,9 +203,7 @@ def _part(
     guided, source, keep, clip, past, step, stream, first_sample, k0, k1,
 ):  # fmt: skip
     """The share of one worker. Arrays and numbers come one by one: a tuple of them takes longer to hand over."""
-    r = rows[i]
-    k = r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], low, high
-    operands = x, m, past1, past2, past3, guidance, noise, store, out
+    k, operands = _coefficients(rows, i, low, high), (x, m, past1, past2, past3, guidance, noise, store, out)
     spans = places // size * ((size + length - 1) // length)
     first, last = spans * worker // workers, spans * (worker + 1) // workers
     words = step, stream, first_sample, k0, k1
@@ -226,45 +226,30 @@ _alone = Entry(_part)
 
 
 @jit
-def _plain_part(worker, workers, length, x, m, out, rows, i, low, high, clip, past):
-    r, places = rows[i], x.size
-    k = r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], low, high
-    spans = (places + length - 1) // length
-    first, last = spans * worker // workers, spans * (worker + 1) // workers
-    operands, words = (x, m, x, x, x, x, x, x, out), (0, 0, 0, 0, 0)
-    _spans(first, last, places, length, operands, k, 0, False, 0, False, clip, past, words)
+def _plain_part(start, end, x, m, out, rows, i, low, high, clip, past, far):
+    k, at = _coefficients(rows, i, low, high), x.ctypes.data
+    operands = at, m.ctypes.data, at, at, at, at, at, at, out.ctypes.data
+    if clip:
+        _along(start, end, operands, 0, k, 0, False, False, False, True, past, far)
+    else:
+        _along(start, end, operands, 0, k, 0, False, False, False, False, past, far)
+    if past:
+        drain()
 
 
 @loops
-def _plain_shared(workers, length, x, m, out, rows, i, low, high, clip, past):
-    for worker in prange(workers):
-        _plain_part(worker, workers, length, x, m, out, rows, i, low, high, clip, past)
-
-
-_plain_alone = Entry(_plain_part)
-
-
-def _plain(x, m, rows, i, clip, out):
+def _plain(x, m, out, rows, i, low, high, clip):
     """A step without noise and further operands: few arguments to hand over, which counts where the images lie in the cache."""
-    places = x.size
-    if places:
-        low, high = (0.0, 0.0) if clip is None else clip
-        how = (
-            x.ravel(),
-            m.ravel(),
-            out.ravel(),
-            rows,
-            i,
-            float(low),
-            float(high),
-            clip is not None,
-            3 * x.nbytes > PAST and out is not x,
-        )
-        if places < ELEMENTS or (workers := threads()) == 1:
-            _plain_alone(0, 1, places, *how)
-        else:
-            _plain_shared(workers, -(-places // (_LINE * workers)) * _LINE, *how)
-    return out
+    places, nbytes = x.size, 12 * x.size
+    workers = 1 if places < ELEMENTS else numba.get_num_threads()
+    past, far = nbytes > PAST and out.ctypes.data != x.ctypes.data, FAR * workers < nbytes <= SHARED
+    if workers == 1:
+        _plain_part(0, places, x, m, out, rows, i, low, high, clip, past, far)
+    else:
+        length = -(-places // (_LINE * workers)) * _LINE
+        for worker in prange(workers):
+            start, end = min(worker * length, places), min((worker + 1) * length, places)
+            _plain_part(start, end, x, m, out, rows, i, low, high, clip, past, far)
 
 
 def step_directly(
@@ -283,7 +268,8 @@ def step_directly(
         out = buffers.empty(x.shape, _FLOAT32)
     elif not (type(out) is np.ndarray and out.dtype is _FLOAT32 and out.flags.carray and out.shape == x.shape):
         return None
-    return _plain(x, m, rows, i, None, out)
+    _plain(x.ravel(), m.ravel(), out.ravel(), rows, i, 0.0, 0.0, False)
+    return out
 
 
 def step(
@@ -295,21 +281,20 @@ def step(
         rows, row = rows[i : i + 1].astype(_FLOAT64), 0
     else:
         row = int(i)
+    places, flat, (low, high) = x.size, x.ravel(), (0.0, 0.0) if clip is None else clip
+    if not places:
+        return out
     depth, guided, keep = len(history), guidance is not None, store is not None
     source = MADE if noise is True else 0 if noise is None else GIVEN
     if not (depth or guided or keep or source):
-        return _plain(x, m, rows, row, clip, out)
-    places = x.size
-    if not places:
+        _plain(flat, m.ravel(), out.ravel(), rows, row, float(low), float(high), clip is not None)
         return out
-    flat = x.ravel()
     past1 = history[0].ravel() if depth > 0 else flat
     past2 = history[1].ravel() if depth > 1 else flat
     past3 = history[2].ravel() if depth > 2 else flat
     guide, given = guidance.ravel() if guided else flat, noise.ravel() if source == GIVEN else flat
     operands = flat, m.ravel(), past1, past2, past3, guide, given, store.ravel() if keep else flat, out.ravel()
     past = (3 + depth + guided + (source == GIVEN) + keep) * x.nbytes > PAST and out is not x
-    low, high = (0.0, 0.0) if clip is None else clip
     workers = 1 if places < ELEMENTS else threads()
     size, length = (places // x.shape[0], BLOCK) if source == MADE else (places, -(-places // (_LINE * workers)) * _LINE)
     how = rows, row, float(low), float(high), depth, guided, source, keep, clip is not None, past

@@ -59,7 +59,8 @@ class _Told(event.Listener):
 
 def _name(event: event.Event) -> str | None:
     f = event.data["dispatcher"].py_func
-    return f"{f.__module__.rpartition('.')[2]}.{f.__name__.strip('_')}" if f.__module__.startswith(f"{__package__}.") else None
+    module = f.__module__ or ""  # there is none where a function was made by exec
+    return f"{module.rpartition('.')[2]}.{f.__name__.strip('_')}" if module.startswith(f"{__package__}.") else None
 
 
 event.register("numba:compile", _Told())

@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.np.ufunc import parallel
 
+from .threads import threads
+
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _ADDRESS = _I8.as_pointer()
 _OK, _NONE = 0, -2  # what a function of Numba's returns when all went well
@@ -81,7 +83,7 @@ def call(dispatcher: Any, arguments: tuple) -> Call:
             slots[i : i + 1].view(np.float64 if isinstance(form, ir.DoubleType) else np.float32)[0] = value
         else:
             slots[i] = value - (1 << 64) if value >= 1 << 63 else value
-    return Call(target, slots, numba.get_num_threads())
+    return Call(target, slots, threads())
 
 
 # ------------------------------------------------------------------------------------------------------------------ in LLVM
@@ -126,12 +128,11 @@ def _make_callers(targets: Iterable[_Target]) -> None:
 
 @cache
 def _loop() -> Callable[[int, int, int], int]:
-    """``run(table, calls, threads)``: make the calls, then set ``threads``. 0, or the number of the one that failed, from 1."""
-    numba.get_num_threads()  # starts the pool
+    """``run(table, calls, own)``: make the calls, then set ``own`` threads. 0, or the number of the one that failed, from 1."""
     setter = ctypes.cast(vars(parallel)["_set_num_threads"], ctypes.c_void_p).value
     module = ir.Module("loop")
     run = ir.Function(module, ir.FunctionType(_I64, (_ADDRESS, _I64, _I64)), "run")
-    table, count, threads = run.args
+    table, count, own = run.args
     start, head, body, change, make, end = (run.append_basic_block(n) for n in ("start", "head", "body", "change", "make", "end"))
     code = ir.IRBuilder(start)
     set_threads = code.inttoptr(_I64(setter), ir.FunctionType(ir.VoidType(), (_I32,)).as_pointer())
@@ -139,7 +140,7 @@ def _loop() -> Callable[[int, int, int], int]:
 
     code = ir.IRBuilder(head)
     i, set_to, failed = code.phi(_I64), code.phi(_I64), code.phi(_I64)
-    for value, first in ((i, _I64(0)), (set_to, threads), (failed, _I64(0))):
+    for value, first in ((i, _I64(0)), (set_to, own), (failed, _I64(0))):
         value.add_incoming(first, start)
     more = code.and_(code.icmp_signed("<", i, count), code.icmp_signed("==", failed, _I64(0)))
     code.cbranch(more, body, end)
@@ -165,7 +166,7 @@ def _loop() -> Callable[[int, int, int], int]:
     code.branch(head)
 
     code = ir.IRBuilder(end)
-    code.call(set_threads, [code.trunc(threads, _I32)])
+    code.call(set_threads, [code.trunc(own, _I32)])
     code.ret(failed)
     address = _build(module).get_function_address("run")
     return ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address)
@@ -183,6 +184,6 @@ class Replay:
 
     def __call__(self) -> None:
         """Make the calls. MemoryError where one fails: that a work array cannot be had is all that can go wrong in them."""
-        failed = self._run(self._at, len(self.calls), numba.get_num_threads())
+        failed = self._run(self._at, len(self.calls), threads())
         if failed:
             raise MemoryError(f"{self.calls[failed - 1].target.name} could not run")
