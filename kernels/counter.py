@@ -59,10 +59,18 @@ def permutation(n: int, seed: int, step: int, stream: int, sample: int = 0) -> n
 
 def uniforms(batch: int, n: int, seed: int, step: int, stream: int, first_sample: int = 0) -> np.ndarray:
     """(batch, n) float64 in [0, 1): row k is ``uniform(n, seed, step, stream, first_sample + k)``."""
-    block = np.arange((n + 1) // 2, dtype=np.uint32)[None]
-    sample = ((np.uint64(first_sample) + np.arange(batch, dtype=np.uint64)) & np.uint64(0xFFFFFFFF)).astype(np.uint32)[:, None]
-    c0, c1 = np.broadcast_arrays(block, sample)
-    words = philox((c0, c1, np.full_like(c0, step), np.full_like(c0, stream)), (seed & 0xFFFFFFFF, seed >> 32))
+    return _uniform_rows(n, seed, np.uint64(first_sample) + np.arange(batch, dtype=np.uint64), step, stream)
+
+
+def uniforms_of_steps(n: int, seed: int, steps: range, stream: int) -> np.ndarray:
+    """(len(steps), n) float64 in [0, 1): row i is ``uniform(n, seed, steps[i], stream)``."""
+    return _uniform_rows(n, seed, 0, np.array(steps, np.uint64), stream)
+
+
+def _uniform_rows(n: int, seed: int, *numbers: np.ndarray | int) -> np.ndarray:
+    """Row i has the numbers of sample, step and stream i; those that are not arrays are the same for all rows."""
+    columns = ((np.asarray(a, np.uint64) & np.uint64(_MASK)).astype(np.uint32)[..., None] for a in numbers)
+    words = philox(np.broadcast_arrays(np.arange((n + 1) // 2, dtype=np.uint32), *columns), (seed & _MASK, seed >> 32))
     r0, r1, r2, r3 = (r.astype(np.uint64) for r in words)
-    whole = np.stack([(r0 << np.uint64(32)) | r1, (r2 << np.uint64(32)) | r3], axis=2).reshape(batch, 2 * block.shape[1])[:, :n]
+    whole = np.stack([(r0 << np.uint64(32)) | r1, (r2 << np.uint64(32)) | r3], axis=-1).reshape(len(r0), 2 * r0.shape[1])[:, :n]
     return (whole >> np.uint64(11)).astype(np.float64) * 2.0**-53

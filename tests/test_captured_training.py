@@ -223,6 +223,16 @@ def test_streams_in_any_order_give_the_same_bits(name: str, order: str, device: 
     assert same(at_once, other)
 
 
+def test_a_batch_on_its_way_is_sent_anew_for_another_rate(device: HostedDevice) -> None:
+    t = made(xp=cupy)
+    t.step()
+    o, captured = t.optimiser, t.captured
+    assert captured is not None and captured.ready()
+    captured.start(1, 0.125)
+    wanted = stepping.adamw_row(0.125, *o.betas, o.weight_decay, o.count + 1, min(o.ema_decay, (1 + o.count) / (10 + o.count)))
+    assert np.array_equal(to_numpy(captured._sent.row)[0], wanted)
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the host reads of the device, as it happens."""

@@ -1,33 +1,30 @@
 """A training step in one piece: recorded once, then only started. The host makes the batch; all the rest follows from arrays.
 
-Images come as bytes, labels with conditions already dropped, the optimiser's numbers as a row. The piece draws the times and
+A batch (:mod:`alphabar.tools.batches`) holds images as bytes, labels and the optimiser's numbers. The piece draws the times and
 their levels (:mod:`alphabar.kernels.stepping`), noises the images, goes through the network forward and back, and updates the
 weights and their average, unless loss or gradient is not finite: then nothing changes from that step on until it is looked at.
 On a GPU the host neither waits nor reads, and the next batch is on its way while a step runs.
 """
 
 import weakref
-from math import prod
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from alphabar import kernels
-from alphabar.core import forward
 from alphabar.core.levels import Tabulated
-from alphabar.kernels import buffers, counter, stepping, streams
+from alphabar.kernels import buffers, stepping
 from alphabar.kernels.arrays import to_numpy
 from alphabar.kernels.dispatch import chosen
 from alphabar.kernels.graphs import Graph
 from alphabar.kernels.uploads import Uploads
 from alphabar.nets.optim import AdamW
+from alphabar.tools.batches import AHEAD, Batches, levels
 from alphabar.tools.config import Config
 from alphabar.tools.methods import Process
 from alphabar.tools.networks import Network
 
 Array = Any
-ALIGN = 64  # bytes: where the parts of a batch begin
 
 
 class Told(NamedTuple):
@@ -55,36 +52,29 @@ class CapturedStep:
     """Steps of one training, numbered from 0; who starts them counts them.
 
     ``rows``: what belongs to the levels t = 0..T (:data:`alphabar.kernels.stepping.LEVEL`); of a process without a table the
-    host draws the times and sends the levels with the batch.
+    levels come with the batch.
     """
 
     def __init__(self, config: Config, data: Any, process: Process, net: Network, optimiser: AdamW) -> None:
-        self._config, self._data, self._process, self._net, self._optimiser = config, data, process, net, optimiser
-        xp, size, s = net.params.xp, config.train.batch, process.levels
+        self._net, self._optimiser, self._seed = net, optimiser, config.train.seed
+        xp, s = net.params.xp, process.levels
+        self.waits = xp is np  # whether a step is over when :meth:`start` returns
+        self._batches = Batches(config, data, process, net, optimiser, AHEAD if self.waits else 1)
+        self._memory = xp.zeros(self._batches.nbytes, np.uint8)
+        self._sent = self._batches.laid_out(self._memory)  # what a step reads
         self._weighted = process.weighting != "simple"
         self._rows: Array = None
-        parts: dict[str, tuple[tuple[int, ...], Any]] = {"images": ((size, *data.shape), np.uint8), "row": ((1, 5), np.float32)}
-        if net.config["classes"] is not None:
-            parts["labels"] = ((size,), np.int64)
         if isinstance(s, Tabulated):
             times = np.arange(1, s.T + 1)
             table = np.zeros((s.T + 1, len(stepping.LEVEL)), np.float32)
             table[1:] = levels(process, times, process.weight(times)).T
             self._rows = xp.asarray(table)
-        else:
-            parts |= {"t": ((size,), np.float64), "levels": ((len(stepping.LEVEL), size), np.float32)}
-        nbytes = sum(_room(*part) for part in parts.values())
-        self._memory = xp.zeros(nbytes, np.uint8)
-        self._sent = _laid_out(self._memory, parts)  # what a step reads
         self._counters, self._tally = xp.zeros(2, np.int32), xp.zeros(4, np.float64)  # made, skipped
-        self.waits = xp is np  # whether a step is over when :meth:`start` returns
-        self._host = self._memory if self.waits else np.zeros(nbytes, np.uint8)
-        self._batch = self._sent if self.waits else _laid_out(self._host, parts)  # on the CPU it is made where it is read
         self._uploads: Uploads | None = None
         self._graph: Graph | None = None
         self._form: tuple | None = None
         self._counted: int | None = None  # what the device's counter says once the steps under way are done
-        self._ahead: tuple[int, int] | None = None  # step and updates of the batch that is on its way
+        self._ahead: tuple[int, int, float] | None = None  # step, updates and rate of the batch that is on its way
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +111,7 @@ class CapturedStep:
             self._counters[...] = self._net.params.xp.asarray(np.array([k, 0], np.int32))
             self._counted = k
         if self.waits:
-            self._make(k, self._optimiser.count, lr)
+            self._memory[...] = self._batches.of(k, lr)
         else:
             self.send(k, lr)
             assert self._uploads is not None
@@ -132,15 +122,15 @@ class CapturedStep:
 
     def send(self, k: int, lr: float) -> None:
         """Send the batch of step ``k`` to the GPU, beside the work that it does, unless it is there."""
-        if self._ahead == (k, self._optimiser.count):
+        wanted = k, self._optimiser.count, lr
+        if self._ahead == wanted:
             return
         if self._uploads is None:
             self._uploads = Uploads(self._memory)
         while len(self._uploads):  # of a step that is not made
             self._uploads.take(self._memory)
-        self._make(k, self._optimiser.count, lr)
-        self._uploads.put(self._host)
-        self._ahead = k, self._optimiser.count
+        self._uploads.put(self._batches.of(k, lr))
+        self._ahead = wanted
 
     @property
     def started(self) -> bool:
@@ -152,8 +142,8 @@ class CapturedStep:
         counters, tally = self._counters, self._tally
         if not self.waits:
             counters, tally = to_numpy(counters), to_numpy(tally)
-        total, steps, loss, norm = tally.tolist()
-        return Told(int(counters[0]), total, int(steps), loss, norm)
+        (made, _), (total, steps, loss, norm) = counters.tolist(), tally.tolist()
+        return Told(made, total, int(steps), loss, norm)
 
     def forget(self) -> None:
         """Count losses anew from here."""
@@ -163,23 +153,9 @@ class CapturedStep:
         """Forget the steps that were started: the next one begins with what weights, average and moments are now."""
         self._counted = None
 
-    def _make(self, k: int, count: int, lr: float) -> None:
-        """The batch of step ``k`` and the numbers of the update after ``count`` others."""
-        t, o, batch = self._config.train, self._optimiser, self._batch
-        batch.images[...], labels, _ = self._data.batch(k, t.batch, t.seed, self._config.data.flip)
-        decay = min(o.ema_decay, (1 + count) / (10 + count))
-        batch.row[0] = stepping.adamw_row(lr, *o.betas, o.weight_decay, count + 1, decay)
-        if batch.labels is not None:
-            batch.labels[...] = labels
-            if t.p_uncond:  # as guidance.drop_condition, which takes arrays of any kind and three times as long
-                np.putmask(batch.labels, counter.uniform(t.batch, t.seed, k, streams.DROP) < t.p_uncond, self._net.null)
-        if batch.t is not None:
-            times, weight = self._process.times(t.batch, t.seed, k)
-            batch.t[...], batch.levels[...] = times, levels(self._process, times, weight)
-
     def _body(self) -> None:
         """The step: kernels alone."""
-        sent, store, o, seed = self._sent, self._net.params, self._optimiser, self._config.train.seed
+        sent, store, o, seed = self._sent, self._net.params, self._optimiser, self._seed
         xp, made, skipped = store.xp, self._counters[:1], self._counters[1:]
         t, of_level = sent.t, sent.levels
         if self._rows is not None:
@@ -199,26 +175,3 @@ class CapturedStep:
         flats = store.data, store.grad, o.m, o.v, o.ema
         stepping.adamw_ema_by_table(*flats, sent.row, made, *o.betas, o.eps, norm_sq, o.max_norm, store.low)
         stepping.count(made, skipped, norm_sq)
-
-
-def levels(process: Process, times: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-    """The levels of times (n,), (6, n) float32 in the order of :data:`alphabar.kernels.stepping.LEVEL`."""
-    zero, one = np.zeros(len(times), np.float32), np.ones(len(times), np.float32)
-    s, prediction = process.levels, process.prediction
-    of_x0, of_eps = ((one, zero), (zero, one))
-    targets = (forward.training_target(*pair, times, s, prediction) for pair in (of_x0, of_eps))  # linear in both
-    return np.stack([*s.levels(times), process.input(one, times), *targets, one if weight is None else weight]).astype(np.float32)
-
-
-def _room(shape: tuple[int, ...], dtype: Any) -> int:
-    return -(-prod(shape) * np.dtype(dtype).itemsize // ALIGN) * ALIGN
-
-
-def _laid_out(memory: Array, parts: dict[str, tuple[tuple[int, ...], Any]]) -> SimpleNamespace:
-    """The parts of a batch as arrays in one piece of memory; None for those that it does not have."""
-    found, at = SimpleNamespace(labels=None, t=None, levels=None), 0
-    for name, (shape, dtype) in parts.items():
-        nbytes = prod(shape) * np.dtype(dtype).itemsize
-        setattr(found, name, memory[at : at + nbytes].view(dtype).reshape(shape))
-        at += _room(shape, dtype)
-    return found

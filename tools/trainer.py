@@ -14,9 +14,10 @@ from alphabar import kernels
 from alphabar.kernels.arrays import to_numpy
 from alphabar.nets.autograd import backward
 from alphabar.nets.checkpoint import CheckpointError
-from alphabar.nets.optim import AdamW, learning_rate
+from alphabar.nets.optim import AdamW
 from alphabar.tools import config as configs
 from alphabar.tools import families, networks, sources
+from alphabar.tools.batches import rate
 from alphabar.tools.captured_step import Told
 from alphabar.tools.config import Config
 from alphabar.tools.learner import Attempt
@@ -100,22 +101,22 @@ class Trainer:
 
     def advance(self) -> None:
         """Start the next step. What of it is not finite shows in ``check`` and ``report``, at the latest."""
-        k = self.done
-        if self.captured is None or not self.captured.ready():
+        k, captured = self.done, self.captured
+        if captured is None or not captured.ready():
             self.check()
             self._plainly()
             return
-        self._lr = self._rate(k)
-        if self.captured.kept:  # in memory of its own
-            self.captured.start(k, self._lr)
+        self._lr = rate(self.config.train, k)
+        if captured.kept:  # in memory of its own
+            captured.start(k, self._lr)
         else:
             with self.pool:
-                self.captured.start(k, self._lr)
+                captured.start(k, self._lr)
         self.optimiser.count += 1
         self._last = None
         self.done += 1
-        if not self.waits:
-            self.captured.send(k + 1, self._rate(k + 1))
+        if not captured.waits:
+            captured.send(k + 1, rate(self.config.train, k + 1))
 
     def check(self) -> None:
         """Wait for the steps under way. Raises NotFinite where one failed: ``done`` is then the number of steps before it."""
@@ -154,11 +155,6 @@ class Trainer:
             return self._last
         return Step(told.loss, told.norm, self._lr)
 
-    def _rate(self, k: int) -> float:
-        """The learning rate of step ``k``."""
-        t = self.config.train
-        return learning_rate(k, t.lr, min(t.warmup, t.steps // 5), t.steps, t.decay)
-
     def _plainly(self) -> None:
         """The next step by calls of their own; as :meth:`step`."""
         k = self.done
@@ -170,7 +166,7 @@ class Trainer:
             if attempt.roots:
                 self.net.params.zero_grad()
                 backward(*attempt.roots)
-            lr = self._rate(k)
+            lr = rate(self.config.train, k)
             norm = self.optimiser.step(lr)
             if not math.isfinite(norm):
                 self._stop(f"the norm of the gradient is {norm}", attempt, True)
