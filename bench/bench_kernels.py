@@ -8,6 +8,7 @@ pytest-benchmark reports: all are measured in turn under the same conditions.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,12 @@ def opponents(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Calla
     return found
 
 
+def room(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays for the results, by the parameters that take them, where the arguments do not name any."""
+    takes = [k for k in list(signature(getattr(kernels, name)).parameters)[len(args) :] if k in ("out", "eps_out")]
+    return dict(zip(takes, outputs(name, getattr(kernels, name)(*args, **kwargs), args), strict=False))
+
+
 def compiled(name: str, args: tuple, kwargs: dict[str, Any]) -> Callable[[], object] | None:
     """torch.compile's contestant; None where PyTorch cannot build it (its fused AdamW)."""
     torch.compiler.reset()
@@ -115,6 +122,9 @@ def test_kernel(name: str, i: int, benchmark: Any, request: pytest.FixtureReques
     contestants = opponents(name, args, kwargs)
     if request.config.getoption("--compiled") and (call := compiled(name, args, kwargs)) is not None:
         contestants["compiled"] = call
+    if "in place" in contestants:
+        options = kwargs | room(name, args, kwargs)
+        contestants["alphabar in place"] = lambda: kernel(*args, **options)
     rounds = request.config.getoption("--rounds")
     times = {k: t.median for k, t in timing.against(benchmark, CLOCK, contestants, alphabar, rounds).items()}
     error, torch_error = errors(name, case)
@@ -126,6 +136,7 @@ def test_kernel(name: str, i: int, benchmark: Any, request: pytest.FixtureReques
         "torch_s": min(times[k] for k in ("torch", "contiguous") if k in times),
         "formats_s": {"channels last": times["torch"], "contiguous": times["contiguous"]} if "contiguous" in times else None,
         "in_place_s": times.get("in place"),
+        "own_in_place_s": times.get("alphabar in place"),
         "compiled_s": times.get("compiled"),
         "bytes": moved,
         "flops": flops,

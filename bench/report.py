@@ -25,10 +25,11 @@ class Found:
     errors: Rows = field(default_factory=list)
     memory: Rows = field(default_factory=list)
     training: Rows = field(default_factory=list)
+    python: Rows = field(default_factory=list)
     limits: list[Any] = field(default_factory=list)  # of every number of threads, the largest last
 
     def __bool__(self) -> bool:
-        return any((self.kernels, self.networks, self.errors, self.memory, self.training))
+        return any((self.kernels, self.networks, self.errors, self.memory, self.training, self.python))
 
 
 FOUND: pytest.StashKey[Found] = pytest.StashKey()
@@ -50,8 +51,13 @@ MEMORY = """\
 Each in a process of its own: the peak of the whole process and what of it came after the imports (weights, optimiser,
 compiled code and work space), and the median step with the malloc that a process starts with.""".splitlines()
 
+PYTHON = """\
+A whole step of the trainer with the default run's digits: the batch, the step, the report of its loss. "Python" is what the step
+takes outside of compiled calls; the batches that are made ahead for later steps are counted evenly.""".splitlines()
+
 KERNELS = """\
-"In place" is torch without allocations, where it can (out=, in-place operations). GB/s counts each operand once. "Of the
+"In place" is without allocations, where torch can (out=, in-place operations): both write into arrays that are given; otherwise
+torch allocates its results and ours come from a pool. GB/s counts each operand once. "Of the
 limit": the least time that the measured limits allow over ours, by memory (a triad of as many bytes in the same run) or by
 arithmetic (multiply-adds in registers). A convolution counts as direct, so Winograd may pass 100 %; what works in place may
 pass a triad, which writes over a third array. Kernels that make noise or draw states work mostly on integers, whose
@@ -109,6 +115,7 @@ def sections(found: Found) -> list[tuple[str, list[str], list[str]]]:
         ("The same training", [], tables.training(found.training) if found.training else []),
         ("Errors of the networks against float64", [], tables.errors(found.errors) if found.errors else []),
         ("Memory", MEMORY, tables.memory(found.memory) if found.memory else []),
+        ("Python's share of a training step", PYTHON, tables.python(found.python) if found.python else []),
         ("Kernels", KERNELS, tables.summary(found.kernels) if found.kernels else []),
         ("Every case", [], tables.kernels(found.kernels) if found.kernels else []),
         ("Limits of the machine", [], limits.table(found.limits) if found.limits else []),
@@ -132,7 +139,7 @@ def write(folder: Path, name: str, found: Found, command: str) -> list[Path]:
     for heading, explanation, table in sections(found):
         text += [f"## {heading}", "", *([*explanation, ""] if explanation else []), *table, ""]
         text += [line for path, of in drawn if of == heading for line in (f"![{heading}]({path.name})", "")]
-    rows = {k: getattr(found, k) for k in ("kernels", "networks", "errors", "memory", "training")}
+    rows = {k: getattr(found, k) for k in ("kernels", "networks", "errors", "memory", "training", "python")}
     plain = {"command": command, "environment": env, "limits": limits.plain(found.limits), **rows}
     (folder / f"{name}.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text("\n".join(text[:-1]) + "\n", encoding="utf-8")

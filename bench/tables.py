@@ -22,9 +22,9 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def ratio(theirs: float | None, ours: float) -> str:
+def ratio(theirs: float | None, ours: float | None) -> str:
     """theirs/ours with two digits; a dash where there is none."""
-    return number(None if theirs is None else theirs / ours, ".2f")
+    return number(None if theirs is None or ours is None else theirs / ours, ".2f")
 
 
 def mean(ratios: Sequence[float]) -> float:
@@ -43,8 +43,9 @@ def lines(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) ->
 
 def kernels(rows: Sequence[Row]) -> list[str]:
     """One line for each kernel and case."""
-    times, ratios = ("alphabar", "torch", "in place", "compiled"), ("ratio", "to in place", "to compiled")
-    head = ("kernel", "case", *times, *ratios, "GB/s", "GFLOP/s", "of the limit", "error", "torch's error")
+    times, ratios = ("alphabar", "torch", "compiled"), ("ratio", "to compiled")
+    bare = ("alphabar in place", "torch in place", "ratio in place")
+    head = ("kernel", "case", *times, *ratios, *bare, "GB/s", "GFLOP/s", "of the limit", "error", "torch's error")
 
     def cells(r: Row) -> list[str]:
         ours = r["alphabar_s"]
@@ -53,11 +54,12 @@ def kernels(rows: Sequence[Row]) -> list[str]:
             r["case"],
             time(ours),
             time(r["torch_s"]),
-            time(r["in_place_s"]),
             time(r["compiled_s"]),
             ratio(r["torch_s"], ours),
-            ratio(r["in_place_s"], ours),
             ratio(r["compiled_s"], ours),
+            time(r["own_in_place_s"]),
+            time(r["in_place_s"]),
+            ratio(r["in_place_s"], r["own_in_place_s"]),
             f"{r['bytes'] / ours / 1e9:.1f}",
             f"{r['flops'] / ours / 1e9:.1f}",
             f"{r['share']:.0%} {r['bound']}",
@@ -70,12 +72,12 @@ def kernels(rows: Sequence[Row]) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """One line for each kernel: the geometric mean of its ratios with their range, and the median share of the limit."""
-    head = ("kernel", "cases", "ratio to torch (geometric mean)", "lowest", "highest", "to torch in place", "of the limit")
+    head = ("kernel", "cases", "ratio to torch (geometric mean)", "lowest", "highest", "both in place", "of the limit")
 
     def cells(name: str) -> list[str]:
         own = [r for r in rows if r["kernel"] == name]
         ratios = [r["torch_s"] / r["alphabar_s"] for r in own]
-        bare = [r["in_place_s"] / r["alphabar_s"] for r in own if r["in_place_s"] is not None]
+        bare = [r["in_place_s"] / r["own_in_place_s"] for r in own if r["in_place_s"] is not None]
         return [
             name,
             str(len(own)),
@@ -146,3 +148,10 @@ def training(rows: Sequence[Row]) -> list[str]:
         return [r["network"], who, str(r["batch"]), str(r["steps"]), final, *apart]
 
     return lines(head, (cells(r, who) for r in rows for who in r["final"]), words=2)
+
+
+def python(rows: Sequence[Row]) -> list[str]:
+    """What Python costs of a training step."""
+    head = ("network", "batch", "a step", "Python", "share")
+    every = ([r["network"], str(r["batch"]), time(r["seconds"]), time(r["python"]), f"{r['share']:.1%}"] for r in rows)
+    return lines(head, every)

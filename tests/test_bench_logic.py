@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def test_contestants_take_turns() -> None:
 
 
 def kernel_row(name: str, ours: float, torch: float, in_place: float | None = None) -> dict[str, Any]:
-    given = {"kernel": name, "case": "8x8", "alphabar_s": ours, "torch_s": torch, "in_place_s": in_place, "compiled_s": None}
+    given = {"kernel": name, "case": "8x8", "alphabar_s": ours, "torch_s": torch, "compiled_s": None}
+    given |= {"in_place_s": in_place, "own_in_place_s": None if in_place is None else ours / 2}
     return given | {"bytes": 3e6, "flops": 6e6, "share": 0.5, "bound": "memory", "error": None, "torch_error": None}
 
 
@@ -150,7 +152,7 @@ def test_the_table_of_kernels_shows_ratios_and_rates() -> None:
     head, rule, row = tables.kernels([kernel_row("step", 1e-3, 2.5e-3, 2e-3)])
     shown = dict(zip(cells(head), cells(row), strict=True))
     assert len(cells(rule)) == len(cells(head))
-    assert (shown["ratio"], shown["to in place"], shown["to compiled"]) == ("2.50", "2.00", "–")
+    assert (shown["ratio"], shown["ratio in place"], shown["to compiled"]) == ("2.50", "4.00", "–")
     assert (shown["GB/s"], shown["GFLOP/s"], shown["of the limit"]) == ("3.0", "6.0", "50% memory")
     assert (shown["alphabar"], shown["torch"], shown["error"]) == ("1.00 ms", "2.50 ms", "–")
 
@@ -158,7 +160,7 @@ def test_the_table_of_kernels_shows_ratios_and_rates() -> None:
 def test_the_summary_takes_geometric_means() -> None:
     rows = [kernel_row("step", 1.0, 2.0, 1.0), kernel_row("step", 1.0, 8.0), kernel_row("silu", 1.0, 1.5)]
     step, silu = (cells(line) for line in tables.summary(rows)[2:])
-    assert step == ["step", "2", "4.00", "2.00", "8.00", "1.00", "50%"]
+    assert step == ["step", "2", "4.00", "2.00", "8.00", "2.00", "50%"]
     assert silu[0] == "silu" and silu[5] == "–"
 
 
@@ -176,6 +178,23 @@ def test_a_network_is_compared_with_the_fastest_of_pytorch() -> None:
     assert "torch compiled, channels last" not in shown
     eager = row | {"seconds": {k: seconds[k] for k in ("alphabar", "contiguous", "channels last")}}
     assert cells(tables.networks([row, eager])[3])[6:8] == ["–", "2.00"]
+
+
+def test_pythons_share_is_what_compiled_calls_leave() -> None:
+    """The time of the plan's calls, made longer by a known wait, is not Python's."""
+    pytest.importorskip("numba")
+    python_share = importlib.import_module("bench.python_share")
+    small = ("model.channels=4,8", "model.blocks=1", "model.attention=4", "model.groups=2", "train.steps=9")
+    wait, run = 2e-3, python_share.replay._loop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_share, "AHEAD", 8)
+        patch.setattr(python_share.replay, "_loop", lambda: lambda *arguments: (time.sleep(wait), run(*arguments))[1])
+        row = python_share.measured(2, 3, small)
+    assert row["seconds"] - row["python"] >= wait and 0 < row["python"] < wait
+    assert row["share"] == pytest.approx(row["python"] / row["seconds"])
+    assert cells(tables.python([row | {"seconds": 3e-3, "python": 6e-5, "share": 0.02}])[2]) == [
+        *("digits", "2", "3.00 ms", "60 µs", "2.0%")
+    ]
 
 
 def test_every_kernel_has_a_colour_in_the_roofline() -> None:
