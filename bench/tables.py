@@ -71,18 +71,23 @@ def kernels(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """One line for each kernel: the geometric mean of its ratios with their range, and the median share of the limit."""
-    head = ("kernel", "cases", "ratio to torch (geometric mean)", "lowest", "highest", "both in place", "of the limit")
+    """One line for each kernel: the geometric means of its ratios, the range of the first, and the median share of the limit."""
+    means = ("ratio to torch (geometric mean)", "lowest", "highest", "to compiled", "both in place")
+    head = ("kernel", "cases", *means, "of the limit")
+
+    def of(pairs: Iterable[tuple[float | None, float | None]]) -> str:
+        found = [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
+        return f"{mean(found):.2f}" if found else "–"
 
     def cells(name: str) -> list[str]:
         own = [r for r in rows if r["kernel"] == name]
         ratios = [r["torch_s"] / r["alphabar_s"] for r in own]
-        bare = [r["in_place_s"] / r["own_in_place_s"] for r in own if r["in_place_s"] is not None]
         return [
             name,
             str(len(own)),
             *(f"{v:.2f}" for v in (mean(ratios), min(ratios), max(ratios))),
-            f"{mean(bare):.2f}" if bare else "–",
+            of((r["compiled_s"], r["alphabar_s"]) for r in own),
+            of((r["in_place_s"], r["own_in_place_s"]) for r in own),
             f"{median(r['share'] for r in own):.0%}",
         ]
 

@@ -160,8 +160,10 @@ def test_the_table_of_kernels_shows_ratios_and_rates() -> None:
 def test_the_summary_takes_geometric_means() -> None:
     rows = [kernel_row("step", 1.0, 2.0, 1.0), kernel_row("step", 1.0, 8.0), kernel_row("silu", 1.0, 1.5)]
     step, silu = (cells(line) for line in tables.summary(rows)[2:])
-    assert step == ["step", "2", "4.00", "2.00", "8.00", "2.00", "50%"]
-    assert silu[0] == "silu" and silu[5] == "–"
+    assert step == ["step", "2", "4.00", "2.00", "8.00", "–", "2.00", "50%"]
+    assert silu[0] == "silu" and silu[6] == "–"
+    compiled = cells(tables.summary([row | {"compiled_s": 3.0} for row in rows])[2])
+    assert compiled[5:7] == ["3.00", "2.00"]
 
 
 def test_a_network_is_compared_with_the_fastest_of_pytorch() -> None:
