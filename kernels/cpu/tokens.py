@@ -8,7 +8,7 @@ from numba import prange
 
 from .. import buffers
 from .jit import jit, loops
-from .lanes import fma, load_first, store_first
+from .lanes import fma, load_first, spread, store_first
 from .threads import ELEMENTS, alone_below, threads
 from .vector import LANES, F, sigmoid
 
@@ -267,27 +267,42 @@ def add_gated_backward(dy, h, gate, out=None):
     return dh, dgate
 
 
-@jit(fastmath=_FAST)
-def _turn(a, b, cos, sin, y, z):
-    for j in range(cos.size):
-        u, v = a[j], b[j]
-        y[j] = u * cos[j] - v * sin[j]
-        z[j] = v * cos[j] + u * sin[j]
+@jit(forceinline=True)
+def _turn(at, count, apart, half, heads, x, c, s, y):
+    """``count`` features of every head, from x[at] on, and those that lie ``half`` further."""
+    against = spread(F(0)) - s
+    for _ in range(heads):
+        a, b = load_first(x, at, count), load_first(x, at + half, count)
+        store_first(y, at, fma(a, c, b * against), count)
+        store_first(y, at + half, fma(b, c, a * s), count)
+        at += apart
+
+
+@jit
+def _turns(first, last, x, cos, sin, y):
+    """The tokens first..last of all samples; an angle serves all heads."""
+    _, tokens, heads, depth = x.shape
+    half, at_x, at_cos, at_sin, at_y = depth // 2, x.ctypes.data, cos.ctypes.data, sin.ctypes.data, y.ctypes.data
+    for i in range(first, last):
+        at, angle, j = i * heads * depth, i % tokens * half, 0
+        while j + LANES <= half:
+            c, s = load_first(at_cos, angle + j, LANES), load_first(at_sin, angle + j, LANES)
+            _turn(at + j, LANES, depth, half, heads, at_x, c, s, at_y)
+            j += LANES
+        if j < half:
+            c, s = load_first(at_cos, angle + j, half - j), load_first(at_sin, angle + j, half - j)
+            _turn(at + j, half - j, depth, half, heads, at_x, c, s, at_y)
 
 
 @loops
-def _rotary(x, cos, sin, y):
-    batch, tokens, heads, depth = x.shape
-    half = depth // 2
-    for i in prange(batch * tokens):
-        n, t = i // tokens, i % tokens
-        for h in range(heads):
-            row, to = x[n, t, h], y[n, t, h]
-            _turn(row[:half], row[half:], cos[t], sin[t], to[:half], to[half:])
+def _rotary(x, cos, sin, y, workers):
+    tokens = x.shape[0] * x.shape[1]
+    for worker in prange(workers):
+        _turns(tokens * worker // workers, tokens * (worker + 1) // workers, x, cos, sin, y)
 
 
 @alone_below(ELEMENTS, lambda x, *_, **__: x.size)
 def rotary(x, cos, sin, out=None):
     y = buffers.empty(x.shape, x.dtype) if out is None else out
-    _rotary(x, cos, sin, y)
+    _rotary(x, cos, sin, y, threads())
     return y
