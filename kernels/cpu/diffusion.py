@@ -16,11 +16,11 @@ from .jit import Entry, jit, loops
 from .lanes import drain, held, load_first, misplaced, prefetch, spread, store_first, store_past
 from .random import fill_block, key
 from .threads import ELEMENTS, threads
-from .vector import LANES
+from .vector import FAR, LANES
 
 MADE, GIVEN = 1, 2
 PAST = 48 << 20  # bytes of all operands and results; what is larger is written past the caches, which saves reading it first
-FAR, SHARED = 5 << 19, 24 << 20  # bytes of them for each worker, and of all: between, they lie in a cache that cores share
+SHARED = 24 << 20  # of those that lie in a cache which cores share: FAR for each worker at least, and this in all at most
 LONG = 1 << 14  # places of a span without noise to make
 _LINE = 16  # floats of a cache line
 _AHEAD = 12 * _LINE  # how many places before their use operands are called from there

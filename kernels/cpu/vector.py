@@ -37,6 +37,7 @@ ROWS = 12 if _MANY else 6  # rows of the tile whose left operand is read by row
 NARROW = 8 if _MANY else 4  # rows of the tile whose left operand is read by column
 COLS = 2 * LANES
 LINE = 64  # bytes that a cache holds together
+FAR = 5 << 19  # bytes of operands and results for each worker; what is more lies beyond the caches of one core
 
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VEC = ir.VectorType(_FLOAT, LANES)

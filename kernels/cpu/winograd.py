@@ -12,9 +12,10 @@ from numba import prange
 from .. import buffers
 from ..reference import conv_padding
 from .jit import jit, loops
+from .lanes import prefetch
 from .threads import threads
 from .tiles import SHORT, column_tile, row_tile, short_tile
-from .vector import COLS, LANES, NARROW, ROWS, F, turn
+from .vector import COLS, FAR, LANES, LINE, NARROW, ROWS, F, turn
 from .winograd_transforms import (
     FEWER,
     POINTS,
@@ -110,6 +111,17 @@ def _tile(t, high, wide):
     return t // (high * wide), rest // wide * TILE, rest % wide * TILE
 
 
+@jit
+def _call(first, last, high, wide, image, height, line, pixel, further):
+    """Ask for the places of tiles first..last of an image, ``further`` down and to the right."""
+    for t in range(first, last):
+        n, row, col = _tile(t, high, wide)
+        for r in range(n * height + row + further, n * height + row + further + TILE):
+            start = image + r * line + (col + further) * pixel
+            for at in range(start, start + TILE * pixel, LINE):
+                prefetch(at, 0)
+
+
 @loops
 def _convolve(
     x,
@@ -127,6 +139,7 @@ def _convolve(
     apart,
     to_apart,
     behind,
+    far,
     room,
     zeros,
     workers,
@@ -134,6 +147,7 @@ def _convolve(
     """``doubled``: x becomes twice as large first (out is), or out is the sum over the doubled places (x is larger).
 
     ``groups`` of the columns of one block after the other are tasks; where there is one group, each worker has a range of tiles.
+    What is ``far`` is called while products are made: the next block's sources, and the places of this one's results.
     Points of the sources lie ``apart`` in ``room``, from ``behind`` on, those of the products ``to_apart`` from its start on.
     """
     batch, height, width, depth = x.shape
@@ -178,6 +192,10 @@ def _convolve(
                         else:
                             read_source_fewer(at, row - 1, col - 1, height, width, line, 4 * depth, nothing, to, 4 * apart)
             for point in range(points):
+                if far:
+                    some, more = begin + size * point // points, begin + size * (point + 1) // points
+                    _call(some + size, min(to_tile, more + size), high, wide, x.ctypes.data, height, line, 4 * depth, 1)
+                    _call(some, min(to_tile, more), high, wide, out.ctypes.data, rows_out, to_line, 4 * channels, 0)
                 for column in range(from_column, to_column):
                     panel = u[point, column * depth * COLS :].ctypes.data
                     t, move = 0, 4 * (column - from_column) * COLS
@@ -234,13 +252,14 @@ def convolve(x, w, bias, out, upsample=False, backward=False, shift=None, residu
         behind = apart = to_apart = max(apart, to_apart)
     else:
         behind = points * to_apart
+    far = groups == 1 and not upsample and x.nbytes + out.nbytes > FAR * workers
     room = buffers.empty((workers, behind + points * apart + channels + LANES), np.float32)
     extra = (
         *(room[0] if bias is None else bias, bias is not None),
         *(room if shift is None else shift, shift is not None),
         *(out if residual is None else residual, residual is not None),
     )
-    _convolve(x, u, *extra, out, upsample, size, groups, apart, to_apart, behind, room, ZEROS, workers)
+    _convolve(x, u, *extra, out, upsample, size, groups, apart, to_apart, behind, far, room, ZEROS, workers)
     return out
 
 
