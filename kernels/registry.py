@@ -75,7 +75,7 @@ def _make_step(rng: np.random.Generator, case: Case, dtype: Any) -> Arguments:
     if case.get("clip"):
         options["clip"] = (-0.5, 0.75)
     if case.get("store"):
-        options["store"] = np.empty(shape, dtype)
+        options["store"] = np.full(shape, np.nan, dtype)  # to be written
     return (_n(rng, shape, dtype), _n(rng, shape, dtype), rows, 2), options
 
 
