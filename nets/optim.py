@@ -43,6 +43,10 @@ class AdamW:
         self.ema = store.data.copy()
         self.count = self.skipped = 0
 
+    def decay(self, count: int) -> float:
+        """That of the running average in the update after ``count`` others: it follows the weights closely at first."""
+        return min(self.ema_decay, (1 + count) / (10 + count))
+
     def step(self, lr: float) -> float:
         """Update weights and running average from ``store.grad``; returns ‖grad‖ before clipping.
 
@@ -56,7 +60,7 @@ class AdamW:
         if not isfinite(norm):
             self.skipped += 1
             return norm
-        decay = min(self.ema_decay, (1 + self.count) / (10 + self.count))
+        decay = self.decay(self.count)
         self.count += 1
         kernels.adamw_ema(
             store.data,

@@ -13,13 +13,13 @@ import numpy as np
 from alphabar.core import forward
 from alphabar.core.levels import Tabulated
 from alphabar.kernels import counter, stepping, streams
+from alphabar.kernels.buffers import ALIGN
 from alphabar.nets.optim import AdamW, learning_rate
 from alphabar.tools.config import Config, Train
 from alphabar.tools.methods import Process
 from alphabar.tools.networks import Network
 
 Array = Any
-ALIGN = 64  # bytes: where the parts of a batch begin
 AHEAD = 128  # batches that are made at once,
 ROOM = 1 << 20  # but no more bytes than these, unless one has more
 
@@ -82,7 +82,7 @@ class Batches:
     def _number(self, place: int, lr: float, count: int) -> None:
         """The numbers of the update after ``count`` others."""
         o = self._optimiser
-        numbers = lr, *o.betas, o.weight_decay, count + 1, min(o.ema_decay, (1 + count) / (10 + count))
+        numbers = lr, *o.betas, o.weight_decay, count + 1, o.decay(count)
         if self._numbers[place] != numbers:
             self._parts_of_all.row[place], self._numbers[place] = stepping.adamw_row(*numbers), numbers
 

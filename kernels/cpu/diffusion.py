@@ -13,16 +13,16 @@ from .. import buffers
 from ..reference import BLOCK, ROW
 from ..streams import FORWARD, SAMPLER
 from .jit import Entry, jit, loops
-from .lanes import drain, held, load_first, misplaced, prefetch, spread, store_first, store_past
+from .lanes import call_ahead, drain, held, load_first, misplaced, prefetch, spread, store_first, store_past
 from .random import fill_block, key
 from .threads import ELEMENTS, threads
-from .vector import FAR, LANES
+from .vector import FAR, LANES, LINE
 
 MADE, GIVEN = 1, 2
 PAST = 48 << 20  # bytes of all operands and results; what is larger is written past the caches, which saves reading it first
 SHARED = 24 << 20  # of those that lie in a cache which cores share: FAR for each worker at least, and this in all at most
 LONG = 1 << 14  # places of a span without noise to make
-_LINE = 16  # floats of a cache line
+_LINE = LINE // 4  # floats of a cache line
 _AHEAD = 12 * _LINE  # how many places before their use operands are called from there
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -33,12 +33,6 @@ def _put(to, j, v, count, past):
         store_past(to, j, v)
     else:
         store_first(to, j, v, count)
-
-
-@jit
-def _call_ahead(x, start, end):
-    for j in range(start, end, _LINE):
-        prefetch(x, j)
 
 
 @jit(forceinline=True)
@@ -75,7 +69,7 @@ def _noised_spans(first, last, size, length, x0, eps, x_t, signal, noise, made, 
         start = n * size + part * length
         end = min(start + length, (n + 1) * size)
         if made:
-            _call_ahead(at_x0, start, end)
+            call_ahead(at_x0, start, end)
             fill_block(z, end - start, part, n, words)
             _noised_span(start, end, at_x0, at_z, start, at_eps, at_x_t, signal[n], noise[n], True, past)
         else:
@@ -180,8 +174,8 @@ def _spans(first, last, size, length, operands, k, depth, guided, source, keep, 
         start = n * size + part * length
         end = min(start + length, (n + 1) * size)
         if source == MADE:
-            _call_ahead(at[0], start, end)
-            _call_ahead(at[1], start, end)
+            call_ahead(at[0], start, end)
+            call_ahead(at[1], start, end)
             fill_block(z, end - start, part, n, words)
             _along(start, end, made, start, k, depth, guided, True, keep, clip, past, False)
         else:

@@ -18,7 +18,7 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.extending import intrinsic
 
 from .jit import jit
-from .vector import LANES, F
+from .vector import LANES, LINE, Emit, F
 
 _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 _VEC, _INT_VEC, _MASK = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _I32, ir.IntType(1)))
@@ -252,12 +252,17 @@ def prefetch(typingctx: Any, x: Any, j: Any) -> Any:
     """Begin to bring x[j] into the first-level cache."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        at = _place(builder, args[0], args[1], ir.IntType(8))
-        kind = ir.FunctionType(ir.VoidType(), [at.type, _I32, _I32, _I32])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [at, _I32(0), _I32(3), _I32(1)])
+        Emit(builder).ask(builder.add(args[0], builder.mul(args[1], ir.Constant(args[1].type, 4))))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), codegen
+
+
+@jit
+def call_ahead(x, start, end):
+    """Begin to bring x[start:end], a line after the other."""
+    for j in range(start, end, LINE // 4):
+        prefetch(x, j)
 
 
 @jit

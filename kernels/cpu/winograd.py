@@ -12,10 +12,10 @@ from numba import prange
 from .. import buffers
 from ..reference import conv_padding
 from .jit import jit, loops
-from .lanes import prefetch
+from .lanes import call_ahead
 from .threads import threads
 from .tiles import SHORT, column_tile, row_tile, short_tile
-from .vector import COLS, FAR, LANES, LINE, NARROW, ROWS, F, turn
+from .vector import COLS, FAR, LANES, NARROW, ROWS, F, turn
 from .winograd_transforms import (
     FEWER,
     POINTS,
@@ -117,9 +117,7 @@ def _call(first, last, high, wide, image, height, line, pixel, further):
     for t in range(first, last):
         n, row, col = _tile(t, high, wide)
         for r in range(n * height + row + further, n * height + row + further + TILE):
-            start = image + r * line + (col + further) * pixel
-            for at in range(start, start + TILE * pixel, LINE):
-                prefetch(at, 0)
+            call_ahead(image + r * line + (col + further) * pixel, 0, TILE * pixel // 4)
 
 
 @loops
